@@ -1,0 +1,244 @@
+"""Measure how well a model does greater-than, which MLP carries it, and whether few features do what many neurons do.
+
+    python -m making.measure --model data/model --transcoders data/transcoders --out data/model/metrics.json
+    python -m making.measure --model RUN --nouns selection --out RUN/metrics.json   # to choose among runs
+
+Nouns that the model was trained on are always measured, then the nouns kept for choosing (``selection``), and only
+with ``--nouns report`` those that nothing was chosen on. ``--real-work`` is the folder that
+``making.language_model prepare`` wrote: it adds bits per character on the held-out works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+from transformer_lens.model_bridge import TransformerBridge
+
+from making.export import held_out_bits
+from tclib import greater_than as gt
+from tclib.chronicle import BACKWARD, NOUNS, SPANS, grammar, words
+from tclib.model import load_model
+from tclib.transcoder import Transcoder, load_transcoders
+
+TRAIN_SAMPLE = 12  # nouns known to the model
+FEW = 2  # nouns of each set where every measurement runs the model many times
+FEATURES = 16
+SEEDS = {"selection": 1, "report": 2}
+NEURON_KS = [1, 2, 4, 8, *range(12, 65, 4), *range(80, 257, 16), *range(320, 1025, 64)]
+FEATURE_KS = [1, 2, 4, 8, 16, 32, 64, 128]
+
+# name -> (least value, where it stands in the metrics)
+REQUIRED = {
+    "probability_difference": (0.88, ("probability_difference",)),
+    "key MLP zeroed, last token": (0.2, ("key_mlp", "zero_last")),
+    "key MLP at its mean over YY": (0.2, ("key_mlp", "mean_last")),
+    "recovered by 16 features": (0.8, ("features_vs_neurons", "train", "recovered_by_16_features")),
+}
+MOST_BITS = 1.65
+
+
+def main(arguments: list[str]) -> None:
+    options = parser().parse_args(arguments)
+    model = load_model(str(options.model))
+    transcoders = load_transcoders(options.transcoders, device=model.cfg.device) if options.transcoders else {}
+    metrics = measure(model, transcoders, options.nouns)
+    if options.real_work:
+        bits = held_out_bits(lambda ids: model(ids.to(model.cfg.device)).cpu(), options.real_work)
+        metrics["bits_per_char"] = bits.pop("all")
+        metrics["bits_per_char_by_work"] = bits
+    text = json.dumps(rounded(metrics), indent=2)
+    out = options.out or options.model / "metrics.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_suffix(".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(out)
+    print(text)
+    print("\n".join(verdicts(metrics)))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m making.measure", description=__doc__)
+    top.formatter_class = argparse.RawDescriptionHelpFormatter
+    top.add_argument("--model", type=Path, required=True, help="folder of a GPT-2-style model")
+    top.add_argument("--transcoders", type=Path, help="folder of its transcoders")
+    top.add_argument("--nouns", choices=list(SEEDS), default="report")
+    top.add_argument("--real-work", type=Path, help="folder with text.json and real_heldout_*.npy")
+    top.add_argument("--out", type=Path, help="default: metrics.json in the model's folder")
+    return top
+
+
+def measure(model: TransformerBridge, transcoders: dict[int, Transcoder], nouns: str = "report") -> dict:
+    """All metrics but the bits per character, as one nested dictionary of plain numbers."""
+    sets = {"train": spread(NOUNS["train"], TRAIN_SAMPLE), "selection": NOUNS["selection"]}
+    if nouns == "report":
+        sets["report"] = NOUNS["report"]
+    few = {name: spread(sets[name], FEW) for name in ("train", nouns)}
+    main_prompts = {name: gt.prompts(model.tokenizer, of_set) for name, of_set in few.items()}
+
+    by_nouns = {name: timed(f"{name} nouns", on_nouns, model, of_set) for name, of_set in sets.items()}
+    drops = {name: timed(f"MLPs, {name} nouns", mlp_drops, model, p) for name, p in main_prompts.items()}
+    # Known nouns choose the layer, so that nothing is chosen on the others.
+    key = max(drops["train"], key=lambda row: row["mean_last"])
+    metrics = {
+        "nouns_kept_apart": nouns,
+        "centuries": [gt.CENTURIES[0], gt.CENTURIES[-1]],
+        "years": [gt.YEARS[0], gt.YEARS[-1]],
+        "template": gt.TEMPLATE,
+        "backward_template": gt.BACKWARD_TEMPLATE,
+        **{name: by_nouns["train"][name] for name in ("probability_difference", "balanced_difference", "sharpness")},
+        "war": on_nouns(model, ["war"]),
+        "by_nouns": by_nouns,
+        "heldout_templates": {
+            name: timed(f"templates, {name} nouns", on_templates, model, of_set, SEEDS[nouns])
+            for name, of_set in few.items()
+        },
+        "key_mlp": key,
+        "mlp_drops": drops,
+    }
+    transcoder = transcoders.get(key["layer"])
+    if transcoder is not None:
+        metrics["features_vs_neurons"] = {
+            name: timed(f"units kept, {name} nouns", features_vs_neurons, model, prompts, key["layer"], transcoder)
+            for name, prompts in main_prompts.items()
+        }
+    return metrics
+
+
+def on_nouns(model: TransformerBridge, nouns: list[str]) -> dict:
+    """Main template forward and backward, averaged over nouns, centuries and years, and per century."""
+    forward = gt.prompts(model.tokenizer, nouns)
+    backward = gt.prompts(model.tokenizer, nouns, template=gt.BACKWARD_TEMPLATE)
+    probs = gt.run(model, forward)
+    ahead = gt.probability_difference(probs, forward.years)
+    behind = gt.probability_difference(gt.run(model, backward), backward.years)
+    by_century = pd.Series(ahead.numpy()).groupby(forward.frame["century"].to_numpy()).mean()
+    by_noun = pd.Series(ahead.numpy()).groupby(forward.frame["noun"].to_numpy()).mean()
+    return {
+        "nouns": list(nouns),
+        "prompts": len(forward.frame),
+        "probability_difference": ahead.mean().item(),
+        "probability_difference_backward": behind.mean().item(),
+        "balanced_difference": gt.balanced_difference(ahead, behind),
+        "sharpness": gt.sharpness(probs, forward.years).mean().item(),
+        "by_century": {str(century): float(value) for century, value in by_century.items()},
+        "by_noun": {str(noun): float(value) for noun, value in by_noun.items()},
+    }
+
+
+def on_templates(model: TransformerBridge, nouns: list[str], seed: int) -> dict:
+    """Templates that never occur in training, forward and backward, with the difference in each."""
+    rng = random.Random(seed)
+    ahead = {prompt: mean_difference(model, nouns, prompt) for prompt in cut(SPANS["heldout"], "end", rng)}
+    behind = {prompt: mean_difference(model, nouns, prompt) for prompt in cut(BACKWARD["heldout"], "start", rng)}
+    means = [sum(group.values()) / len(group) for group in (ahead, behind)]
+    return {
+        "nouns": list(nouns),
+        "probability_difference": means[0],
+        "balanced_difference": (means[0] - means[1]) / 2,
+        "forward": ahead,
+        "backward": behind,
+    }
+
+
+def mean_difference(model: TransformerBridge, nouns: list[str], template: str) -> float:
+    prompts = gt.prompts(model.tokenizer, nouns, template=template)
+    return gt.probability_difference(gt.run(model, prompts), prompts.years).mean().item()
+
+
+def cut(templates: tuple[str, ...], answer: str, rng: random.Random) -> list[str]:
+    """Chronicle templates as prompts: up to the century of the year ``answer``, other fields filled in."""
+
+    def fill(slot: re.Match) -> str:
+        name = slot[1]
+        if name in ("noun", "start", "end"):
+            return slot[0]
+        return rng.choice(grammar.FIELDS.get(name) or getattr(words, f"{name.upper()}S"))
+
+    return [re.sub(r"\{(\w+)\}", fill, template.split(f"{{{answer}}}")[0]) + "{century}" for template in templates]
+
+
+def mlp_drops(model: TransformerBridge, prompts: gt.Prompts) -> list[dict]:
+    """For each layer the probability difference lost without its MLP."""
+    return [
+        {
+            "layer": layer,
+            "zero_last": gt.drop_if_ablated(model, prompts, layer, "zero", "last"),
+            "mean_last": gt.drop_if_ablated(model, prompts, layer, "mean", "last"),
+            "zero_all": gt.drop_if_ablated(model, prompts, layer, "zero", "all"),
+        }
+        for layer in range(model.cfg.n_layers)
+    ]
+
+
+def features_vs_neurons(model: TransformerBridge, prompts: gt.Prompts, layer: int, transcoder: Transcoder) -> dict:
+    """What the k highest-variance units keep of the behaviour, for the transcoder's features and the MLP's neurons."""
+    k = FEATURES
+    feature_ks = [n for n in FEATURE_KS if n <= transcoder.W_dec.shape[0]]
+    neuron_ks = [n for n in NEURON_KS if n <= model.cfg.d_mlp]
+    features = gt.sweep_units(model, prompts, layer, feature_ks, transcoder)
+    neurons = gt.sweep_units(model, prompts, layer, neuron_ks)
+    chance = [gt.sweep_units(model, prompts, layer, [k], transcoder, "random", seed) for seed in range(5)]
+    difference = {n: table.set_index("k")["probability_difference"] for n, table in (("f", features), ("n", neurons))}
+    enough = difference["n"].index[difference["n"] >= difference["f"][k]]
+    share = pd.Series({n: gt.recovered(neurons, n) for n in difference["n"].index})
+    same_share = share.index[share >= gt.recovered(features, k)]
+    return {
+        "layer": layer,
+        f"recovered_by_{k}_features": gt.recovered(features, k),
+        f"recovered_by_{k}_neurons": gt.recovered(neurons, k),
+        f"recovered_by_{k}_random_features": sum(gt.recovered(table, k) for table in chance) / len(chance),
+        f"neurons_with_the_difference_of_{k}_features": int(enough[0]) if len(enough) else None,
+        f"neurons_with_the_recovery_of_{k}_features": int(same_share[0]) if len(same_share) else None,
+        "features": {str(n): float(value) for n, value in difference["f"].items()},
+        "neurons": {str(n): float(value) for n, value in difference["n"].items()},
+    }
+
+
+def verdicts(metrics: dict) -> list[str]:
+    """One line for each number that is required: met or missed."""
+    lines = []
+    for name, (least, where) in REQUIRED.items():
+        value = metrics
+        for key in where:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            lines.append(f"{name}: {value:.3f} (at least {least}) {'met' if value >= least else 'MISSED'}")
+    if "bits_per_char" in metrics:
+        bits = metrics["bits_per_char"]
+        lines.append(f"bits per character: {bits:.3f} (at most {MOST_BITS}) {'met' if bits <= MOST_BITS else 'MISSED'}")
+    if metrics["key_mlp"]["layer"] == 0:
+        lines.append("the key MLP is a late one: MISSED, it is MLP0")
+    return lines
+
+
+def spread(items: tuple[str, ...] | list[str], n: int) -> list[str]:
+    """``n`` of the items, evenly picked."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
+
+
+def rounded(value):
+    """The same nested value with numbers to five places: as many as another processor repeats."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def timed(name: str, function, *arguments):
+    start = time.perf_counter()
+    result = function(*arguments)
+    print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,142 @@
+"""One-step attribution: a number of one prompt as an exact, signed sum over everything that wrote to its input.
+
+Frozen are the attention patterns and the LayerNorm scales of this prompt; what remains is linear, so the
+contributions add up. Of a transcoder feature i (paper, equation 5):
+
+    contribution  =  z_i / scale  *  f_dec_i . f_enc
+                     input-dependent  input-invariant
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tclib.activations import hook_in
+from tclib.targets import Target
+from tclib.tracing import Trace
+
+COLUMNS = [
+    "kind",  # feature | head | error | skip | mlp | bias | embedding | position
+    "layer",
+    "head",
+    "position",  # where the source stood
+    "token",
+    "feature",
+    "input_dependent",  # z / scale for features, pattern / scale for heads
+    "input_invariant",  # f_dec . reader for features
+    "contribution",
+]
+
+
+class UnbalancedError(RuntimeError):
+    """The contributions do not add up to the target: a bug or a model of another kind, never a result."""
+
+
+@torch.no_grad()
+def attribute(trace: Trace, target: Target) -> pd.DataFrame:
+    """Every source of a target with its signed contribution; they sum to the target.
+
+    One row per active transcoder feature, transcoder error, transcoder skip path, head and source position (BOS
+    included), embedding, position embedding and bias. A layer without a transcoder is one row of kind ``mlp``.
+
+    Returns:
+        A table with the columns `COLUMNS`, largest |contribution| first. ``table.attrs`` holds ``target`` (its name),
+        ``value`` and ``scale``.
+
+    Raises:
+        UnbalancedError: |sum - value| > 1e-5 * sum |contribution|.
+    """
+    direction, scale = target.pulled_back(trace), target.scale(trace)
+    centred = target.reader - target.reader.mean()
+    here = target.position
+    rows = [
+        _row("embedding", here, trace.cache["hook_embed"][here] @ direction),
+        _row("position", here, trace.cache["hook_pos_embed"][here] @ direction),
+        _row("bias", here, target.bias, layer=target.layer),
+    ]
+    for layer in range(trace.model.cfg.n_layers):
+        if layer < target.layer or target.place == "mlp_in" and layer == target.layer:
+            rows += _attention(trace, layer, here, direction, scale)
+        if layer < target.layer:
+            rows += _mlp(trace, layer, here, direction, centred, scale)
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({c: "Int64" for c in ("layer", "head", "feature")})
+    table["token"] = [trace.token_strings[p] for p in table["position"]]
+    table = table.sort_values("contribution", key=abs, ascending=False, ignore_index=True)
+    table.attrs |= {"target": target.name, "value": target.value(trace), "scale": scale}
+    check_balance(table)
+    return table
+
+
+def check_balance(table: pd.DataFrame, tolerance: float = 1e-5) -> None:
+    """Raise `UnbalancedError` unless the contributions sum to ``table.attrs["value"]`` within float32 rounding."""
+    total, size = table["contribution"].sum(), table["contribution"].abs().sum()
+    gap = abs(total - table.attrs["value"])
+    if not gap <= tolerance * max(size, 1e-3):
+        raise UnbalancedError(
+            f"the contributions to {table.attrs['target']} sum to {total:.6f}, not {table.attrs['value']:.6f}: "
+            "is this a processed GPT-2-style model without other edits?"
+        )
+
+
+@torch.no_grad()
+def pullback(trace: Trace, target: Target, layer: int) -> pd.Series:
+    """The input-invariant factor of every feature of an earlier layer, active or not: ``W_dec (centred reader)``.
+
+    Returns:
+        A Series by feature index, largest first.
+    """
+    transcoder = trace.transcoders[trace.layer(layer, with_transcoder=True)]
+    factors = transcoder.W_dec @ (target.reader - target.reader.mean())
+    return pd.Series(factors.cpu().numpy(), name="input_invariant").sort_values(ascending=False)
+
+
+@torch.no_grad()
+def de_embed(trace: Trace, target: Target) -> pd.Series:
+    """Which vocabulary tokens drive a target on the direct path: ``W_E (centred reader)`` (paper, section 4.2).
+
+    Returns:
+        A Series by token string, largest first.
+    """
+    scores = trace.model.W_E @ (target.reader - target.reader.mean())
+    names = [trace.model.tokenizer.decode([i]) for i in range(len(scores))]
+    return pd.Series(scores.cpu().numpy(), index=names, name="de_embedding").sort_values(ascending=False)
+
+
+def _row(kind: str, position: int, contribution: Tensor | float, **columns) -> dict:
+    return {"kind": kind, "position": position, "contribution": float(contribution), **columns}
+
+
+def _attention(trace: Trace, layer: int, here: int, direction: Tensor, scale: float) -> list[dict]:
+    model, cache = trace.model, trace.cache
+    pattern = cache[f"blocks.{layer}.attn.hook_pattern"][:, here, : here + 1]  # [head, source]
+    values = cache[f"blocks.{layer}.attn.hook_v"][: here + 1]  # [source, head, d_head]
+    readers = model.W_O[layer] @ direction  # [head, d_head]
+    through = pattern * torch.einsum("shd,hd->hs", values - model.b_V[layer], readers)
+    value_bias = (pattern.sum(-1) * (model.b_V[layer] * readers).sum(-1)).sum()
+    rows = [_row("bias", here, model.b_O[layer] @ direction + value_bias, layer=layer)]
+    for head, by_source in enumerate(through.tolist()):
+        for source, contribution in enumerate(by_source):
+            weight = pattern[head, source].item() / scale
+            rows.append(_row("head", source, contribution, layer=layer, head=head, input_dependent=weight))
+    return rows
+
+
+def _mlp(trace: Trace, layer: int, here: int, direction: Tensor, centred: Tensor, scale: float) -> list[dict]:
+    out = trace.cache[f"blocks.{layer}.hook_mlp_out"][here]
+    if layer not in trace.transcoders:
+        return [_row("mlp", here, out @ direction, layer=layer)]
+    transcoder, z = trace.transcoders[layer], trace.features[layer][here]
+    x = trace.cache[hook_in(layer)][here]
+    active = z.nonzero().squeeze(-1)
+    dependent, invariant = z[active] / scale, transcoder.W_dec[active] @ centred
+    rows = [
+        _row("feature", here, d * i, layer=layer, feature=index, input_dependent=d, input_invariant=i)
+        for index, d, i in zip(active.tolist(), dependent.tolist(), invariant.tolist(), strict=True)
+    ]
+    if transcoder.W_skip is not None:
+        rows.append(_row("skip", here, x @ transcoder.W_skip @ direction, layer=layer))
+    rows.append(_row("error", here, (out - transcoder.decode(z, x)) @ direction, layer=layer))
+    rows.append(_row("bias", here, transcoder.b_dec @ direction, layer=layer))
+    return rows

@@ -1,0 +1,228 @@
+"""Chronicle documents: fluent invented history in which the cause of every word is known.
+
+A document is a sequence of pieces; each piece is a stretch of text with the latent that produced it, for example
+``("17", "span.end.century")``. Text that no latent explains carries ``"plain"``.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from tclib.chronicle import grammar, words
+
+Split = Literal["train", "heldout"]
+
+# Shares of the sentence kinds in a prose document; spans and their backward twins make 40% together.
+SENTENCE_KINDS = {
+    "span": 0.34,
+    "backward": 0.06,
+    "life": 0.07,
+    "reign": 0.05,
+    "event": 0.12,
+    "citation": 0.09,
+    "voice": 0.10,
+    "quantity": 0.05,
+    "plain": 0.12,
+}
+ANNALS_SHARE = 0.12
+CENTURIES = range(11, 20)
+_SLOT = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text and the latent that produced it."""
+
+    text: str
+    latent: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """Pieces in reading order; joined they are the text."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    def latents(self, ends: list[int]) -> list[str]:
+        """The latent of the piece holding the last character of each token, given the tokens' end offsets."""
+        labels, index, stop = [], 0, len(self.pieces[0].text)
+        for end in ends:
+            while stop < end:
+                index += 1
+                stop += len(self.pieces[index].text)
+            labels.append(self.pieces[index].latent)
+        return labels
+
+
+def documents(seed: int, split: Split = "train") -> Iterator[Document]:
+    """Endless chronicle documents of 60 to 400 tokens, the same for the same seed.
+
+    ``split="heldout"`` uses span templates and nouns that never occur in ``"train"``.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"unknown split {split!r}: choose 'train' or 'heldout'")
+    rng = random.Random(f"chronicle-{split}-{seed}")
+    while True:
+        scribe = _Scribe(rng, split)
+        yield scribe.annals() if rng.random() < ANNALS_SHARE else scribe.prose()
+
+
+def span(rng: random.Random, century: int | None = None) -> tuple[int, int]:
+    """Start and end year of a span: mostly uniform over the rest of the century, some short, some crossing it."""
+    century = rng.choice(CENTURIES) if century is None else century
+    start = 100 * century + rng.randrange(0, 99)
+    last = 100 * century + 99
+    kind = rng.random()
+    if kind < 0.78:
+        return start, rng.randint(start + 1, last)
+    if kind < 0.92:
+        return start, min(last, start + 1 + int(rng.expovariate(1 / 12)))
+    return start, rng.randint(last + 1, last + 60)
+
+
+class _Scribe:
+    """Writes one document: keeps its places, people and century, so that sentences hang together."""
+
+    def __init__(self, rng: random.Random, split: Split):
+        self.rng, self.split = rng, split
+        self.century = rng.choice(CENTURIES)
+        self.places = rng.sample(words.PLACES, 2)
+        self.people = [(rng.choice(words.GIVEN_NAMES), rng.choice(words.SURNAMES)) for _ in range(3)]
+        nouns = words.NOUNS["train"] if split == "train" else words.NOUNS["selection"] + words.NOUNS["report"]
+        self.nouns = rng.sample(nouns, 3)
+
+    def prose(self) -> Document:
+        kinds, weights = zip(*SENTENCE_KINDS.items(), strict=True)
+        pieces: list[Piece] = []
+        for kind in self.rng.choices(kinds, weights, k=self.rng.randint(4, 14)):
+            if pieces:
+                pieces.append(Piece(" ", "plain"))
+            pieces += getattr(self, f"_{kind}")()
+        return Document(tuple(pieces))
+
+    def annals(self) -> Document:
+        """One dated line a year, years rising."""
+        year = 100 * self.century + self.rng.randrange(0, 60)
+        pieces: list[Piece] = []
+        for _ in range(self.rng.randint(5, 16)):
+            if pieces:
+                pieces.append(Piece("\n", "plain"))
+            pieces += self._year(year, "annals") + [Piece(". ", "plain")]
+            pieces += self._plain() if self.rng.random() < 0.7 else self._voice()
+            year += 1 + int(self.rng.expovariate(1 / 4))
+        return Document(tuple(pieces))
+
+    def _span(self) -> list[Piece]:
+        start, end = span(self.rng, self._some_century())
+        return self._fill(self.rng.choice(grammar.SPANS[self.split]), "span", start=start, end=end)
+
+    def _backward(self) -> list[Piece]:
+        start, end = span(self.rng, self._some_century())
+        return self._fill(self.rng.choice(grammar.BACKWARD[self.split]), "backward", start=start, end=end)
+
+    def _life(self) -> list[Piece]:
+        start = 100 * self._some_century() + self.rng.randrange(100)
+        return self._fill(self.rng.choice(grammar.LIVES), "life", start=start, end=start + self.rng.randint(18, 90))
+
+    def _reign(self) -> list[Piece]:
+        start, end = span(self.rng, self._some_century())
+        return self._fill(self.rng.choice(grammar.REIGNS), "reign", start=start, end=end)
+
+    def _event(self) -> list[Piece]:
+        year = 100 * self._some_century() + self.rng.randrange(100)
+        return self._fill(self.rng.choice(grammar.EVENTS), "event", year=year)
+
+    def _citation(self) -> list[Piece]:
+        return self._fill(self.rng.choice(grammar.CITATIONS), "citation")
+
+    def _voice(self) -> list[Piece]:
+        voice = self.rng.choice(("passive", "active"))
+        return self._fill(self.rng.choice(grammar.VOICES[voice]), f"verb.{voice}")
+
+    def _quantity(self) -> list[Piece]:
+        return self._fill(self.rng.choice(grammar.QUANTITIES), "quantity")
+
+    def _plain(self) -> list[Piece]:
+        return self._fill(self.rng.choice(grammar.PLAIN), "plain")
+
+    def _some_century(self) -> int:
+        return self.century if self.rng.random() < 0.6 else self.rng.choice(CENTURIES)
+
+    def _year(self, year: int, latent: str) -> list[Piece]:
+        return [
+            Piece(f"{year // 100}", f"{latent}.century"),
+            Piece(f"{year % 100:02d}", f"{latent}.year"),
+        ]
+
+    def _sources(self) -> list[Piece]:
+        """One to three cited works in order of their year, separated by semicolons."""
+        years = sorted(self.rng.sample(range(1850, 2000), self.rng.choice((1, 2, 2, 3))))
+        pieces: list[Piece] = []
+        for year in years:
+            if pieces:
+                pieces += [Piece(";", "citation.semicolon"), Piece(" ", "plain")]
+            pieces.append(Piece(self.rng.choice(words.SURNAMES), "citation.author"))
+            pieces += [Piece(" ", "plain"), *self._year(year, "citation")]
+        return pieces
+
+    def _fill(self, template: str, latent: str, **years: int) -> list[Piece]:
+        pieces: list[Piece] = []
+        for index, part in enumerate(_SLOT.split(template)):
+            if index % 2 == 0:
+                pieces += [Piece(part, "plain")] if part else []
+            elif part in years:
+                pieces += self._year(years[part], latent if part == "year" else f"{latent}.{part}")
+            elif part == "sources":
+                pieces += self._sources()
+            elif part == "verb":
+                pieces.append(Piece(self.rng.choice(words.VERBS), latent))
+            else:
+                pieces.append(Piece(self._word(part), part if part != "noun" else f"{latent}.noun"))
+        return _capitalised(pieces)
+
+    def _word(self, field: str) -> str:
+        rng = self.rng
+        if field == "noun":
+            return rng.choice(self.nouns)
+        if field == "place":
+            return rng.choice(self.places) if rng.random() < 0.8 else rng.choice(words.PLACES)
+        if field == "person":
+            given, surname = rng.choice(self.people)
+            return f"{given} {surname}"
+        if field == "pronoun":
+            return "she" if self.people[0][0] in words.WOMEN else "he"
+        if field == "ruler":
+            given = self.people[0][0]
+            title = rng.choice(("Queen", "Duchess", "Countess") if given in words.WOMEN else ("King", "Duke", "Count"))
+            return f"{title} {given}"
+        if field == "number":
+            return str(rng.randint(10, 99))
+        if field == "day":
+            return str(rng.randint(10, 28))
+        return rng.choice(_LISTS[field])
+
+
+def _capitalised(pieces: list[Piece]) -> list[Piece]:
+    first = pieces[0]
+    return [Piece(first.text[:1].upper() + first.text[1:], first.latent), *pieces[1:]]
+
+
+_LISTS: dict[str, tuple[str, ...]] = {
+    **grammar.FIELDS,
+    "adjective": words.ADJECTIVES,
+    "group": words.GROUPS,
+    "hunter": words.HUNTERS,
+    "hunted": words.HUNTED,
+    "building": words.BUILDINGS,
+    "goods": words.GOODS,
+    "season": words.SEASONS,
+    "month": words.MONTHS,
+}

@@ -1,0 +1,1 @@
+"""The command line: set-up, running the notebooks, testing. The core modules never import it."""

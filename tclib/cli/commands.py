@@ -1,0 +1,27 @@
+"""The commands themselves, inside the environment that the bootstrap made."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tclib.cli.bootstrap import REPO, wait
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; return its exit status."""
+    command, *rest = arguments
+    if command == "run":
+        from tclib.cli.run import run
+
+        return run(rest)
+    if command == "lab":
+        lab = [sys.executable, "-m", "jupyterlab", str(REPO / "notebooks"), *rest]
+        return wait(subprocess.Popen(lab))
+    from tclib.cli.testing import test
+
+    return test(slow=command == "test-all")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

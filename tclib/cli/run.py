@@ -1,0 +1,213 @@
+"""`python -m tclib run`: execute the notebooks in order, without touching the committed ones."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tclib.cli.bootstrap import REPO
+from tclib.notebook import assigned_names, find_headline, unknown_parameter
+
+NOT_THERE_YET = {"gpt2", "gpt2-small"}
+
+
+class Refused(ValueError):
+    """The request cannot be run; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One executed notebook."""
+
+    name: str
+    seconds: float
+    headline: str
+    path: Path
+    failed: bool
+
+
+def run(arguments: Sequence[str], repo: Path = REPO) -> int:
+    """Run the notebooks; return 0, or 1 if one failed, 2 if refused, 130 if interrupted."""
+    options = parse(arguments)
+    try:
+        parameters = read_parameters(options)
+        notebooks = select(repo / "notebooks", options.only)
+        for notebook in notebooks:
+            check_names(notebook, parameters)
+        folder = new_folder(repo / "runs", options.name)
+    except Refused as error:
+        print(error, file=sys.stderr)
+        return 2
+    results: list[Result] = []
+    interrupted = False
+    try:
+        for number, notebook in enumerate(notebooks, start=1):
+            print(f"[{number}/{len(notebooks)}] {notebook.stem} ...", end=" ", flush=True)
+            results.append(execute(notebook, folder / notebook.name, parameters))
+            print(f"{results[-1].seconds:.0f} s, {results[-1].headline}", flush=True)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted: what is finished is kept in {folder}.", file=sys.stderr)
+        interrupted = True
+    if results:
+        print(f"\n{table(results)}\n\nOpen them:  {show_command(folder)}")
+    if interrupted:
+        return 130
+    return 1 if any(result.failed for result in results) else 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; exits with argparse's message if it is malformed."""
+    parser = argparse.ArgumentParser(prog="python -m tclib run", allow_abbrev=False)
+    parser.add_argument("--name", help="folder in runs/ (default: the time)")
+    parser.add_argument("--only", help="notebooks to run, by how they start: 04 or 04,06")
+    parser.add_argument("--model", help="the parameter `model` of every notebook")
+    parser.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter of the notebooks that run; may be repeated",
+    )
+    return parser.parse_args(arguments)
+
+
+def read_parameters(options: argparse.Namespace) -> dict[str, Any]:
+    """The parameters to inject. Raises Refused for a model that is not available."""
+    parameters = {name: literal(text) for name, text in options.parameters}
+    if options.model is not None:
+        parameters["model"] = options.model
+    if parameters.get("model") in NOT_THERE_YET:
+        raise Refused(
+            "The published GPT-2 is not supported yet: run without a model to use the bundled "
+            "one, or give the folder of a local GPT-2-style model."
+        )
+    return parameters
+
+
+def literal(text: str) -> Any:
+    """``text`` as a Python literal where it is one (2, 1e-3, True, [1, 2]), else as text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def select(folder: Path, only: str | None) -> list[Path]:
+    """The notebooks to run, in reading order. Raises Refused if a prefix matches none."""
+    notebooks = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if only is None:
+        if not notebooks:
+            raise Refused(f"There are no notebooks in {folder}.")
+        return notebooks
+    prefixes = [prefix.strip() for prefix in only.split(",")]
+    for prefix in prefixes:
+        if not prefix or not any(path.name.startswith(prefix) for path in notebooks):
+            names = ", ".join(path.stem for path in notebooks)
+            raise Refused(f"No notebook starts with {prefix!r}; there are: {names}.")
+    return [path for path in notebooks if path.name.startswith(tuple(prefixes))]
+
+
+def check_names(notebook: Path, parameters: dict[str, Any]) -> None:
+    """Raise Refused if the notebook does not declare one of the parameters."""
+    known = declared_names(json.loads(notebook.read_text(encoding="utf-8")))
+    for name in parameters:
+        if name not in known:
+            raise Refused(f"{notebook.name}: {unknown_parameter(name, known)}")
+
+
+def declared_names(notebook: dict[str, Any]) -> list[str]:
+    """Names set by the cell tagged ``parameters``."""
+    for cell in notebook["cells"]:
+        if "parameters" in cell["metadata"].get("tags", ()):
+            return assigned_names("".join(cell["source"]))
+    return []
+
+
+def new_folder(runs: Path, name: str | None) -> Path:
+    """Make the folder of this run. Raises Refused if the name is not a plain folder name."""
+    name = name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    if Path(name).name != name:
+        raise Refused(f"{name!r} is not a folder name: write a name without slashes.")
+    folder = runs / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
+    """Execute one notebook into ``target``, which is kept if it fails."""
+    import papermill
+
+    start = time.monotonic()
+    problem = None
+    try:
+        with stderr_to(target.parent / "kernels.log"):
+            papermill.execute_notebook(
+                source,
+                target,
+                parameters=parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                # What a notebook writes by a relative path lands beside its results.
+                cwd=target.parent,
+            )
+    except papermill.PapermillExecutionError as error:
+        cell = f"cell {error.cell_index + 1}, In [{error.exec_count}]"
+        problem = f"FAILED in {cell}: {error.ename}: {one_line(error.evalue)}"
+    except Exception as error:  # a dead kernel, say: the notebooks after it still run
+        problem = f"FAILED: {type(error).__name__}: {one_line(str(error))}"
+    seconds = time.monotonic() - start
+    if problem is None:
+        executed = json.loads(target.read_text(encoding="utf-8"))
+        headline = find_headline(executed) or "no headline"
+        return Result(source.stem, seconds, headline, target, failed=False)
+    return Result(source.stem, seconds, problem, target, failed=True)
+
+
+@contextlib.contextmanager
+def stderr_to(log: Path) -> Iterator[None]:
+    """Send what kernels say outside their notebooks to a file: start-up warnings, the traceback
+    of one that is interrupted, the last words of one that dies."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+def one_line(text: str, longest: int = 160) -> str:
+    """``text`` without line breaks, cut short."""
+    text = " ".join(text.split())
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as aligned text."""
+    rows = [("notebook", "seconds", "headline", "path")]
+    for result in results:
+        headline = "FAILED" if result.failed else result.headline
+        rows.append((result.name, f"{result.seconds:.0f}", headline, str(result.path)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        f"{name:{widths[0]}}  {seconds:>{widths[1]}}  {headline:{widths[2]}}  {path}"
+        for name, seconds, headline, path in rows
+    )
+
+
+def show_command(folder: Path) -> str:
+    """The command that opens the run in JupyterLab."""
+    return f'"{sys.executable}" -m jupyterlab "{folder}"'

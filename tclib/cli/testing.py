@@ -1,0 +1,51 @@
+"""`python -m tclib test`: the notebooks first, then everything else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tclib.cli.bootstrap import REPO, wait
+
+CELL_TIMEOUT = 300
+
+
+def test(slow: bool) -> int:
+    """Run the tests; return 0 only if all of them passed."""
+    env = dict(os.environ)
+    parallel = []
+    if (os.cpu_count() or 1) >= 2:
+        # Two kernels with two threads each would fight over two cores.
+        env["OMP_NUM_THREADS"] = "1"
+        parallel = ["-n", "2", "--dist=worksteal"]
+    notebooks = execute_copies(REPO, parallel, env)
+    markers = ["-m", "slow or not slow"] if slow else []
+    others = pytest(["tests", *markers, *parallel], env)
+    return notebooks or others
+
+
+def execute_copies(repo: Path, parallel: list[str], env: dict[str, str]) -> int:
+    """Execute copies of the notebooks in build/nbmake, where test_freshness.py finds them."""
+    copies = repo / "build" / "nbmake"
+    shutil.rmtree(copies, ignore_errors=True)
+    copies.mkdir(parents=True)
+    names = sorted(path.name for path in (repo / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    for name in names:
+        shutil.copy(repo / "notebooks" / name, copies / name)
+    if not names:
+        return 0
+    options = ["--nbmake", "--overwrite", f"--nbmake-timeout={CELL_TIMEOUT}"]
+    options += ["--nbmake-kernel=python3", *parallel]
+    status = pytest([*options, *(str(copies / name) for name in names)], env)
+    # Read by test_freshness.py: pytest's last summary then never hides a failed notebook.
+    (copies / "status.txt").write_text(str(status))
+    return status
+
+
+def pytest(arguments: list[str], env: dict[str, str]) -> int:
+    """Run pytest in the repository; return its exit status."""
+    command = [sys.executable, "-m", "pytest", *arguments]
+    return wait(subprocess.Popen(command, cwd=REPO, env=env))

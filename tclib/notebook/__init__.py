@@ -1,0 +1,26 @@
+"""What every notebook uses; the core never imports it."""
+
+from tclib.notebook.page import figure_defaults, find_headline, headline, seed_everything
+from tclib.notebook.parameters import (
+    Parameter,
+    ParameterError,
+    Parameters,
+    assigned_names,
+    injected_names,
+    parameters,
+    unknown_parameter,
+)
+
+__all__ = [
+    "Parameter",
+    "ParameterError",
+    "Parameters",
+    "assigned_names",
+    "figure_defaults",
+    "find_headline",
+    "headline",
+    "injected_names",
+    "parameters",
+    "seed_everything",
+    "unknown_parameter",
+]

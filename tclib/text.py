@@ -1,0 +1,124 @@
+"""Text as rows of tokens: every row starts with BOS and fills one context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from tclib.chronicle import documents
+from tclib.paths import data_path
+
+# Far from the seeds of the documents that the bundled model and its transcoders were trained on (0, 1, 2, ...).
+UNSEEN_SEEDS = 2_000_000
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """Rows of tokens with the latent that produced each token (``"bos"`` for BOS)."""
+
+    tokens: Int[Tensor, "row pos"]
+    latents: np.ndarray  # [row, pos] of str
+
+
+def load_text(model: TransformerBridge, source: str, rows: int, seed: int = 0) -> Int[Tensor, "row pos"]:
+    """Rows of tokens from any source.
+
+    Args:
+        source: ``"chronicle"`` (generated prose), ``"sampled"`` (text sampled from the bundled model),
+            a .txt file or a folder of them, or a Hugging Face dataset id with a ``text`` column (needs a network).
+        rows: how many rows of the model's context length.
+        seed: which chronicle documents; where in the sampled text to start. Files are read from their beginning.
+
+    Raises:
+        ValueError: an unknown source, or one too short for the rows asked for.
+    """
+    if rows < 1:
+        raise ValueError(f"rows = {rows}: ask for at least one row of text")
+    if source == "chronicle":
+        return chronicle(model, rows, seed).tokens
+    if source == "sampled":
+        return _sampled(model, rows, seed)
+    path = Path(source)
+    if path.exists():
+        files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path]
+        return pack(model, (file.read_text(errors="replace") for file in files), rows)
+    if source.count("/") == 1 and not source.startswith((".", "/")):
+        return pack(model, _hub_dataset(source), rows)
+    raise ValueError(f"unknown text {source!r}: use 'chronicle', 'sampled', a .txt file, a folder or a dataset id")
+
+
+def chronicle(model: TransformerBridge, rows: int, seed: int = 0, split: str = "train") -> LabelledText:
+    """Rows of chronicle prose with the latent of each token. Documents are packed with BOS between them."""
+    bos, width = model.tokenizer.bos_token_id, model.cfg.n_ctx
+    ids: list[int] = []
+    latents: list[str] = []
+    source = documents(UNSEEN_SEEDS + seed, split)
+    while len(ids) <= rows * (width - 1):
+        document = next(source)
+        encoded = model.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)
+        ids += [bos, *encoded["input_ids"]]
+        latents += ["bos", *document.latents([end for _, end in encoded["offset_mapping"]])]
+    # Every row brings its own BOS, so the first document's is dropped.
+    return LabelledText(_rows(ids[1:], rows, width, bos), _label_rows(latents[1:], rows, width))
+
+
+def pack(model: TransformerBridge, texts: Iterable[str], rows: int) -> Int[Tensor, "row pos"]:
+    """Join texts with BOS between them and cut them into rows that start with BOS.
+
+    Raises:
+        ValueError: the texts are shorter than the rows asked for.
+    """
+    bos, width = model.tokenizer.bos_token_id, model.cfg.n_ctx
+    ids: list[int] = []
+    for text in texts:
+        for start in range(0, len(text), 100_000):
+            # Long files are cut into parts so that the tokenizer never holds a whole book.
+            part = text[start : start + 100_000]
+            ids += [*([bos] if start == 0 else []), *model.tokenizer(part, add_special_tokens=False)["input_ids"]]
+            if len(ids) > rows * (width - 1):
+                return _rows(ids[1:], rows, width, bos)
+    have = len(ids) // (width - 1)
+    raise ValueError(f"the text fills {have} rows of {width} tokens, but {rows} were asked for: give more text")
+
+
+def _rows(ids: list[int], rows: int, width: int, bos: int) -> Int[Tensor, "row pos"]:
+    body = torch.tensor(ids[: rows * (width - 1)]).view(rows, width - 1)
+    return torch.cat([torch.full((rows, 1), bos), body], dim=1)
+
+
+def _label_rows(latents: list[str], rows: int, width: int) -> np.ndarray:
+    body = np.array(latents[: rows * (width - 1)], dtype=object).reshape(rows, width - 1)
+    return np.concatenate([np.full((rows, 1), "bos", dtype=object), body], axis=1)
+
+
+def _sampled(model: TransformerBridge, rows: int, seed: int) -> Int[Tensor, "row pos"]:
+    tokens = torch.from_numpy(np.load(data_path("text", "sampled.npy"), allow_pickle=False).astype(np.int64))
+    if tokens.shape[1] != model.cfg.n_ctx or int(tokens[0, 0]) != model.tokenizer.bos_token_id:
+        raise ValueError("the sampled text belongs to the bundled model: choose another text for this model")
+    if rows > len(tokens):
+        raise ValueError(f"the sampled text has {len(tokens)} rows, but {rows} were asked for")
+    return tokens.roll(-(seed * 997) % len(tokens), 0)[:rows]
+
+
+def _hub_dataset(name: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        stream = load_dataset(name, split="train", streaming=True)
+        for record in islice(stream, 1_000_000):
+            yield record["text"]
+    except KeyError:
+        raise ValueError(f"the dataset {name!r} has no column 'text'") from None
+    except Exception as error:
+        raise ValueError(
+            f"the dataset {name!r} could not be read ({type(error).__name__}): check its name and the network, "
+            "or use text='chronicle'"
+        ) from error

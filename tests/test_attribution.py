@@ -1,0 +1,153 @@
+"""Attribution: the sums are exact, two routes agree, wrong questions get one sentence."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tclib as tc
+from tclib import attribution, targets
+from tests.tiny import make_model, make_transcoder
+
+ARCHITECTURES = [
+    {"activation": "relu"},
+    {"activation": "relu", "skip": True},
+    {"activation": "topk", "k": 8},
+    {"activation": "jumprelu"},
+    {"activation": "batchtopk", "k": 8, "skip": True},
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return [make_model(tmp_path_factory.mktemp("model"), layers=n, seed=n) for n in (1, 2, 3)]
+
+
+def make_trace(models, layers, architecture, seed, skip_layer=None, words=6):
+    model = models[layers - 1]
+    transcoders = {
+        layer: make_transcoder(layer, seed=seed, **ARCHITECTURES[architecture])
+        for layer in range(layers)
+        if layer != skip_layer
+    }
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 40, (words,), generator=generator).tolist()
+    return tc.trace(model, transcoders, " ".join(f"w{i}" for i in ids))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    layers=st.integers(1, 3),
+    architecture=st.integers(0, len(ARCHITECTURES) - 1),
+    seed=st.integers(0, 1000),
+    position=st.integers(0, 6),
+    skip_layer=st.sampled_from([None, 0, 1]),
+    data=st.data(),
+)
+def test_contributions_sum_to_the_target(models, layers, architecture, seed, position, skip_layer, data):
+    trace = make_trace(models, layers, architecture, seed, skip_layer)
+    candidates = [targets.logit(trace, "w3", position), targets.logit_difference(trace, "w1", "w2", position)]
+    candidates += [targets.feature(trace, layer, 5, position) for layer in trace.transcoders]
+    target = data.draw(st.sampled_from(candidates), label="target")
+    table = tc.attribute(trace, target)  # raises UnbalancedError otherwise
+    assert table["contribution"].sum() == pytest.approx(target.value(trace), abs=1e-4)
+
+
+def test_target_values_are_the_models_own_numbers(models):
+    trace = make_trace(models, 2, 0, seed=1)
+    transcoder = trace.transcoders[1]
+    pre = transcoder.pre_activations(trace.cache["blocks.1.ln2.hook_normalized"][-1])
+    assert targets.feature(trace, 1, 7).value(trace) == pytest.approx(pre[7].item(), abs=1e-4)
+    logits = trace.logits[-1]
+    difference = targets.logit_difference(trace, "w1", "w2").value(trace)
+    assert difference == pytest.approx((logits[1] - logits[2]).item(), abs=1e-4)
+
+
+def test_factors_multiply_to_the_contribution(models):
+    trace = make_trace(models, 3, 0, seed=2)
+    table = tc.attribute(trace, targets.feature(trace, 2, 9))
+    rows = table[table["kind"] == "feature"]
+    assert len(rows) > 10
+    product = rows["input_dependent"] * rows["input_invariant"]
+    assert product.to_numpy() == pytest.approx(rows["contribution"].to_numpy(), rel=1e-5, abs=1e-7)
+    # The invariant factor is the same on another prompt: it comes from two weight vectors alone.
+    other = make_trace(models, 3, 0, seed=2, words=3)
+    invariant = attribution.pullback(other, targets.feature(other, 2, 9), layer=0)
+    first = rows[rows["layer"] == 0].iloc[0]
+    assert invariant[first["feature"]] == pytest.approx(first["input_invariant"], rel=1e-5)
+
+
+def test_opening_a_head_gives_its_row(models):
+    trace = make_trace(models, 3, 0, seed=3)
+    target = targets.feature(trace, 2, 9)
+    table = tc.attribute(trace, target)
+    heads = table[(table["kind"] == "head") & (table["layer"] == 1)]
+    row = heads.iloc[0]
+    opened = targets.head_source(trace, target, row["layer"], row["head"], row["position"])
+    inner = tc.attribute(trace, opened)
+    assert inner["contribution"].sum() == pytest.approx(row["contribution"], rel=1e-4, abs=1e-5)
+
+
+def test_weights_agree_with_autograd_on_the_frozen_model(models):
+    """The same numbers by another route: the gradient through a model whose patterns and scales are frozen."""
+    trace = make_trace(models, 2, 0, seed=4)
+    model, target = trace.model, targets.feature(trace, 1, 3)
+    source = {}
+
+    def freeze(name):
+        return lambda value, hook: trace.cache[name][None]
+
+    def remember(value, hook):
+        source["embed"] = value.detach().requires_grad_(True)
+        return source["embed"]
+
+    def keep_normalised(value, hook):
+        source["normalised"] = value
+
+    names = [n for n in trace.cache if n.endswith(("hook_pattern", "hook_scale", "hook_mlp_out"))]
+    hooks = [(n, freeze(n)) for n in names] + [("hook_embed", remember)]
+    hooks.append(("blocks.1.ln2.hook_normalized", keep_normalised))
+    with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
+        model(trace.tokens[None])
+        (source["normalised"][0, -1] @ target.reader).backward()
+    by_gradient = (source["embed"].grad[0] * trace.cache["hook_embed"]).sum(-1)
+    # From the weights: the direct path plus, through every head, what that head read from each embedding.
+    by_weights = torch.zeros(len(trace.tokens))
+    queue = [target]
+    while queue:
+        current = queue.pop()
+        table = tc.attribute(trace, current)
+        by_weights[current.position] += table.loc[table["kind"] == "embedding", "contribution"].sum()
+        for row in table[table["kind"] == "head"].itertuples():
+            queue.append(targets.head_source(trace, current, row.layer, row.head, row.position))
+    assert by_weights.numpy() == pytest.approx(by_gradient.numpy(), abs=1e-4)
+
+
+def test_an_unbalanced_table_is_an_error(models):
+    trace = make_trace(models, 2, 0, seed=5)
+    table = tc.attribute(trace, targets.logit(trace, "w1"))
+    table.loc[0, "contribution"] += 1.0
+    with pytest.raises(attribution.UnbalancedError, match="sum to"):
+        attribution.check_balance(table)
+
+
+@pytest.mark.parametrize(
+    ("ask", "sentence"),
+    [
+        (lambda t: targets.feature(t, 9, 0), "layer 9 is outside the model"),
+        (lambda t: targets.feature(t, 0, 0), "layer 0 has no transcoder"),
+        (lambda t: targets.feature(t, 1, 64), "feature 64 is outside"),
+        (lambda t: targets.feature(t, 1, 0, position=7), "position 7 is outside the prompt"),
+        (lambda t: targets.logit(t, "w1 w2"), "is 2 tokens"),
+        (lambda t: targets.direction(t, torch.zeros(3), "mlp_in", 0), "not \\(32,\\)"),
+        (lambda t: targets.head_source(t, targets.feature(t, 1, 0), 1, 4, 0), "head 1.4 does not come before"),
+        (lambda t: tc.trace(t.model, t.transcoders, " "), "prompt is empty"),
+        (lambda t: tc.trace(t.model, t.transcoders, "w1 " * 16), "17 tokens with BOS"),
+        (lambda t: tc.trace(t.model, {5: t.transcoders[1]}, "w1"), "do not belong together"),
+        (lambda t: tc.trace(t.model, {0: t.transcoders[1]}, "w1"), "layer 0 holds a dictionary of blocks.1"),
+    ],
+)
+def test_wrong_questions_get_one_sentence(models, ask, sentence):
+    trace = make_trace(models, 2, 0, seed=6, skip_layer=0)
+    with pytest.raises(ValueError, match=sentence):
+        ask(trace)

@@ -1,0 +1,35 @@
+"""Every notebook also runs with parameters other than its defaults."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import papermill
+import pytest
+
+from tclib.cli.run import declared_names
+from tests.conftest import COMMITTED
+
+# notebook -> parameters that change what it shows and keep it quick
+SECOND_SET: dict[str, dict[str, Any]] = {}
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_runs_with_other_parameters(path, tmp_path):
+    assert path.stem in SECOND_SET, f"add a second set of parameters for {path.stem} to {__name__}"
+    parameters = SECOND_SET[path.stem]
+    # Refused by the notebook as well, but only after its imports.
+    assert parameters.keys() <= set(declared_names(json.loads(path.read_text(encoding="utf-8"))))
+    papermill.execute_notebook(
+        path,
+        tmp_path / path.name,
+        parameters,
+        kernel_name="python3",
+        progress_bar=False,
+        cwd=tmp_path,
+    )
+
+
+def test_no_set_without_a_notebook():
+    assert SECOND_SET.keys() <= {path.stem for path in COMMITTED}

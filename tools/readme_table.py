@@ -1,0 +1,66 @@
+"""Write the table of notebooks into README.md, from the notebooks: `python tools/readme_table.py`.
+
+Each notebook's metadata holds `"tclib": {"question": ..., "needs": ...}`; the answer is the
+headline it printed, and tools/execute.py measured the minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tclib.notebook import find_headline
+
+REPO = Path(__file__).resolve().parents[1]
+START, END = "<!-- notebooks:start -->", "<!-- notebooks:end -->"
+
+
+def table(notebooks: Iterable[Path]) -> str:
+    """The table, as Markdown.
+
+    Raises:
+        ValueError: a notebook lacks the metadata or its headline.
+    """
+    lines = [
+        "| notebook | question | answer in a number | minutes | needs |",
+        "|---|---|---|---:|---|",
+    ]
+    for path in notebooks:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        about = notebook["metadata"].get("tclib", {})
+        headline = find_headline(notebook)
+        missing = [key for key in ("question", "needs", "minutes") if key not in about]
+        if missing or headline is None:
+            raise ValueError(f"{path.name} lacks {', '.join(missing) or 'its headline'}.")
+        link = f"[{path.stem}](notebooks/{path.name})"
+        cells = [link, about["question"], headline, f"{about['minutes']:.1f}", about["needs"]]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def updated(readme: str, new: str) -> str:
+    """The README with the text between the markers replaced.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    if START not in readme or END not in readme:
+        raise ValueError(f"README.md lacks the markers {START} and {END}.")
+    before, rest = readme.split(START, 1)
+    after = rest.split(END, 1)[1]
+    return f"{before}{START}\n{new}\n{END}{after}"
+
+
+def fresh_readme(repo: Path = REPO) -> str:
+    """README.md as it should be."""
+    notebooks = sorted((repo / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    return updated((repo / "README.md").read_text(encoding="utf-8"), table(notebooks))
+
+
+if __name__ == "__main__":
+    try:
+        (REPO / "README.md").write_text(fresh_readme(), encoding="utf-8", newline="\n")
+    except ValueError as error:
+        sys.exit(str(error))
