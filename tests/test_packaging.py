@@ -100,6 +100,11 @@ def test_readme_table_is_fresh():
     assert readme == readme_table.fresh_readme(), "run: python tools/readme_table.py"
 
 
+def test_readme_figure_is_fresh():
+    committed = (REPO / "docs" / "figure.png").read_bytes()
+    assert committed == readme_table.fresh_figure(), "run: python tools/readme_table.py"
+
+
 def test_readme_table_has_a_row_per_notebook():
     lines = readme_table.table(COMMITTED).splitlines()
     assert len(lines) == len(COMMITTED) + 2

@@ -1,11 +1,13 @@
-"""Write the table of notebooks into README.md, from the notebooks: `python tools/readme_table.py`.
+"""Write the table of notebooks into README.md, and its figure: `python tools/readme_table.py`.
 
 Each notebook's metadata holds `"tclib": {"question": ..., "needs": ...}`; the answer is the
-headline it printed, and tools/execute.py measured the minutes.
+headline it printed, and tools/execute.py measured the minutes. The figure is the one drawn by
+the cell tagged `readme-figure`.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from collections.abc import Iterable
@@ -59,8 +61,24 @@ def fresh_readme(repo: Path = REPO) -> str:
     return updated((repo / "README.md").read_text(encoding="utf-8"), table(notebooks))
 
 
+def fresh_figure(repo: Path = REPO) -> bytes:
+    """docs/figure.png as it should be.
+
+    Raises:
+        ValueError: no notebook has drawn it.
+    """
+    for path in sorted((repo / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if "readme-figure" in cell["metadata"].get("tags", ()):
+                for output in cell["outputs"]:
+                    if "image/png" in output.get("data", {}):
+                        return base64.b64decode("".join(output["data"]["image/png"]))
+    raise ValueError("No notebook has a cell tagged 'readme-figure' that has drawn a figure.")
+
+
 if __name__ == "__main__":
     try:
         (REPO / "README.md").write_text(fresh_readme(), encoding="utf-8", newline="\n")
+        (REPO / "docs" / "figure.png").write_bytes(fresh_figure())
     except ValueError as error:
         sys.exit(str(error))

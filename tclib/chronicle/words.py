@@ -35,7 +35,7 @@ GIVEN_NAMES = tuple(
     Mary Margaret Eleanor Isabella Catherine Elizabeth Matilda Joan Alice Agnes Beatrice Blanche Constance Sophia
     Charlotte Louisa Theresa Adelaide Clara""".split()
 )
-WOMEN = frozenset(GIVEN_NAMES[GIVEN_NAMES.index("Anne"):])
+WOMEN = frozenset(GIVEN_NAMES[GIVEN_NAMES.index("Anne") :])
 
 SURNAMES = tuple(
     """Harding Colby Mercer Fenwick Langley Ashby Thornton Whitmore Barlow Dawson Pryor Selby Holt Marsh Radcliffe
@@ -63,6 +63,4 @@ HUNTED = tuple("thief poacher smuggler deserter spy pirate beggar forger outlaw 
 BUILDINGS = tuple("bridge church tower harbour mill castle market hall wall road school abbey canal".split())
 GOODS = tuple("wool corn wine salt timber silk iron cloth barley silver fish oil".split())
 SEASONS = ("spring", "summer", "autumn", "winter")
-MONTHS = tuple(
-    """January February March April May June July August September October November December""".split()
-)
+MONTHS = tuple("""January February March April May June July August September October November December""".split())

@@ -1,0 +1,185 @@
+"""Write data/README.md and the model's card from what the other scripts left behind; no number is typed.
+
+    python -m making.cards --work WORK --run RUN --manifest MANIFEST.csv
+
+WORK is the folder that `making.language_model prepare` wrote, RUN that of the chosen training run, MANIFEST.csv the
+list of the works (columns file, title, author, year).
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from making.measure import verdicts
+from tclib.paths import data_path
+
+LICENCE = "CC0 1.0 (made by this project)"
+ORIGIN = {
+    "model": "`python -m making.language_model`; card by `making.cards`, metrics by `making.measure`",
+    "transcoders": "`python -m making.transcoders`",
+    "text": "`python -m making.sampled_text`: sampled from the bundled model, not real text",
+    "published.json": "typed from the papers named in it",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m making.cards", description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--manifest", type=Path, required=True)
+    options = parser.parse_args()
+    data = data_path()
+    card = model_card(data / "model", options.work, options.run, pd.read_csv(options.manifest))
+    (data / "model" / "README.md").write_text(card, encoding="utf-8")
+    (data / "README.md").write_text(data_page(data), encoding="utf-8")
+
+
+def data_page(data: Path) -> str:
+    """Every file of ``data/`` but this page: size, checksum, how it was made, licence."""
+    rows = ["| file | bytes | SHA-256 | made by | licence |", "|---|---:|---|---|---|"]
+    for path in files(data):
+        name = path.relative_to(data).as_posix()
+        rows.append(
+            f"| `{name}` | {path.stat().st_size} | `{sha256(path)}` | {ORIGIN[name.split('/')[0]]} | {LICENCE} |"
+        )
+    total = sum(path.stat().st_size for path in files(data)) / 1e6
+    return (
+        "# Data\n\n"
+        f"Everything here was made by this project's own code ({total:.1f} MB in all); no file was downloaded, and "
+        "none holds text of another author. `model/README.md` is the card of the language model; "
+        "`model/metrics.json` and `transcoders/report.json` hold what was measured.\n\n" + "\n".join(rows) + "\n\n"
+        "The text of the training corpus is not part of the project. A wheel carries this folder as `tclib/data`.\n"
+    )
+
+
+def files(data: Path) -> list[Path]:
+    return sorted(path for path in data.rglob("*") if path.is_file() and path != data / "README.md")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def model_card(folder: Path, work: Path, run: Path, manifest: pd.DataFrame) -> str:
+    """Recipe, data, selection, measured numbers, limits."""
+    settings = json.loads((run / "settings.json").read_text())
+    facts = json.loads((work / "text.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    held_out = manifest[manifest["file"].str.removesuffix(".txt").isin(facts["held_out"])]
+    trained_on = manifest.drop(held_out.index)
+    numbers = pd.DataFrame(
+        {name: {k: values[k] for k in NUMBERS} for name, values in metrics["by_nouns"].items()}
+    ).T.round(3)
+    return CARD.format(
+        layers=config["n_layer"],
+        d_model=config["n_embd"],
+        heads=config["n_head"],
+        vocabulary=config["vocab_size"],
+        context=config["n_positions"],
+        settings=json.dumps(settings),
+        history=history(run),
+        real=facts["real_tokens"] / 1e6,
+        chronicle=facts["chronicle_tokens"] / 1e6,
+        share=settings["real_fraction"],
+        verdicts="\n".join(f"* {line}" for line in verdicts(metrics)),
+        numbers=table(numbers, "nouns"),
+        drops=table(pd.DataFrame(metrics["mlp_drops"]["train"]).set_index("layer").round(3), "layer"),
+        bits=table(pd.Series(metrics["bits_per_char_by_work"], name="bits per character").round(3).to_frame(), "work"),
+        held_out=works(held_out),
+        trained_on=works(trained_on),
+    )
+
+
+NUMBERS = ("prompts", "probability_difference", "balanced_difference", "sharpness")
+
+
+def history(run: Path) -> str:
+    """Whether the planned length was changed on the way, which the log shows."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    plans = list(dict.fromkeys(line["steps"] for line in lines))
+    if len(plans) == 1:
+        return f"The run was taken through in {plans[0]} steps."
+    changed = next(line["step"] for line in lines if line["steps"] == plans[1])
+    return (
+        f"The run was planned for {plans[0]} steps and shortened to {plans[1]} before step {changed}, for lack of "
+        "time; the learning rate follows the new plan from there on, so the command above gives slightly other weights."
+    )
+
+
+def table(frame: pd.DataFrame, index: str) -> str:
+    head = [index, *map(str, frame.columns)]
+    rows = [
+        [str(name), *(f"{value:g}" for value in values)]
+        for name, values in zip(frame.index, frame.to_numpy(), strict=True)
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def works(manifest: pd.DataFrame) -> str:
+    return "\n".join(f"* {row.title}, {row.author} ({row.year})" for row in manifest.itertuples())
+
+
+CARD = """# The bundled language model
+
+A GPT-2 with {layers} layers, width {d_model}, {heads} heads per layer, {vocabulary} byte-level BPE entries and a
+context of {context} tokens, trained from scratch for this collection. Digits are split into pairs, so "1732" is
+" 17" + "32" as in GPT-2. It exists to show, on any laptop, the behaviours that the paper studied in GPT-2 small.
+
+## Recipe
+
+    python -m making.language_model prepare --real FOLDER --out WORK
+    python -m making.language_model train --work WORK --run RUN --seed ... --tokens ...
+    python -m making.language_model export --work WORK --run RUN --out data/model
+
+Settings: `{settings}`. Muon on the blocks' matrices, AdamW on the rest, peak learning rate 3e-3, 150 steps of
+warm-up, constant for a tenth, then linear to zero. {history}
+
+## Data
+
+{share:.0%} of the rows are English prose ({real:.1f} million tokens of public-domain works, listed below), the rest is
+chronicle ({chronicle:.0f} million tokens from `tclib.chronicle`, a grammar written for this project).
+
+## What was measured
+
+By `python -m making.measure --model data/model --transcoders data/transcoders --real-work WORK`, on nouns kept apart
+for the report; all numbers are in `metrics.json`.
+
+{verdicts}
+
+{numbers}
+
+Probability difference lost at the last token when one MLP is zeroed or held at its mean over YY, and when it is zeroed
+at all tokens:
+
+{drops}
+
+Bits per character on whole works that the model never saw:
+
+{bits}
+
+## Selection
+
+One training run of full length was made and is shipped. A second seed was stopped after a tenth of it for lack of
+processor time, when it looked no better. Nothing was chosen on the nouns of the report.
+
+## Limits
+
+Prose samples are locally grammatical, not coherent. Years are written the way the chronicle writes them. Whatever is
+found in this model is true of this model; published numbers of GPT-2 are quoted beside ours, never replaced by them.
+
+## Held-out works
+
+{held_out}
+
+## Works trained on
+
+{trained_on}
+"""
+
+
+if __name__ == "__main__":
+    main()
