@@ -1,9 +1,10 @@
 """Write data/README.md and the model's card from what the other scripts left behind; no number is typed.
 
-    python -m making.cards --work WORK --run RUN --manifest MANIFEST.csv
+    python -m making.cards --work WORK --run RUN --candidates RUN ... --manifest MANIFEST.csv
 
-WORK is the folder that `making.language_model prepare` wrote, RUN that of the chosen training run, MANIFEST.csv the
-list of the works (columns file, title, author, year).
+WORK is the folder that `making.language_model prepare` wrote, RUN that of the chosen training run. Each candidate run
+holds the metrics.json that `making.measure --nouns selection` wrote. MANIFEST.csv lists the works (columns file, title,
+author, year).
 """
 
 import argparse
@@ -29,10 +30,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m making.cards", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--candidates", type=Path, nargs="+", required=True)
     parser.add_argument("--manifest", type=Path, required=True)
     options = parser.parse_args()
     data = data_path()
-    card = model_card(data / "model", options.work, options.run, pd.read_csv(options.manifest))
+    card = model_card(data / "model", options.work, options.run, options.candidates, pd.read_csv(options.manifest))
     (data / "model" / "README.md").write_text(card, encoding="utf-8")
     (data / "README.md").write_text(data_page(data), encoding="utf-8")
 
@@ -63,7 +65,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def model_card(folder: Path, work: Path, run: Path, manifest: pd.DataFrame) -> str:
+def model_card(folder: Path, work: Path, run: Path, candidates: list[Path], manifest: pd.DataFrame) -> str:
     """Recipe, data, selection, measured numbers, limits."""
     settings = json.loads((run / "settings.json").read_text())
     facts = json.loads((work / "text.json").read_text())
@@ -82,6 +84,7 @@ def model_card(folder: Path, work: Path, run: Path, manifest: pd.DataFrame) -> s
         context=config["n_positions"],
         settings=json.dumps(settings),
         history=history(run),
+        candidates=table(pd.DataFrame([candidate(folder) for folder in candidates]).set_index("seed").round(3), "seed"),
         real=facts["real_tokens"] / 1e6,
         chronicle=facts["chronicle_tokens"] / 1e6,
         share=settings["real_fraction"],
@@ -103,11 +106,29 @@ def history(run: Path) -> str:
     plans = list(dict.fromkeys(line["steps"] for line in lines))
     if len(plans) == 1:
         return f"The run was taken through in {plans[0]} steps."
-    changed = next(line["step"] for line in lines if line["steps"] == plans[1])
+    changes = [next(line["step"] for line in lines if line["steps"] == plan) for plan in plans[1:]]
+    cuts = ", ".join(f"to {plan} before step {step}" for plan, step in zip(plans[1:], changes, strict=True))
     return (
-        f"The run was planned for {plans[0]} steps and shortened to {plans[1]} before step {changed}, for lack of "
-        "time; the learning rate follows the new plan from there on, so the command above gives slightly other weights."
+        f"The run was planned for {plans[0]} steps and shortened {cuts}, for lack of processor time; the learning rate "
+        "followed each new plan from there on, so the command above gives other weights of the same kind."
     )
+
+
+def candidate(run: Path) -> dict:
+    """One row of the selection table, measured on nouns kept for choosing."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    if metrics["nouns_kept_apart"] != "selection":
+        raise SystemExit(f"{run / 'metrics.json'} was measured on the nouns of the report: choose with the others")
+    chosen = metrics["by_nouns"]["selection"]
+    return {
+        "seed": json.loads((run / "settings.json").read_text())["seed"],
+        "probability difference, known nouns": metrics["probability_difference"],
+        "the same, selection nouns": chosen["probability_difference"],
+        "balanced, selection nouns": chosen["balanced_difference"],
+        "key MLP": metrics["key_mlp"]["layer"],
+        "lost without it: zero": metrics["key_mlp"]["zero_last"],
+        "mean over YY": metrics["key_mlp"]["mean_last"],
+    }
 
 
 def table(frame: pd.DataFrame, index: str) -> str:
@@ -163,8 +184,10 @@ Bits per character on whole works that the model never saw:
 
 ## Selection
 
-One training run of full length was made and is shipped. A second seed was stopped after a tenth of it for lack of
-processor time, when it looked no better. Nothing was chosen on the nouns of the report.
+Candidates are compared on nouns kept for choosing (`making.measure --nouns selection`), on the probability difference
+and on what the key MLP carries of it. Nothing was chosen on the nouns of the report. The candidates of this version:
+
+{candidates}
 
 ## Limits
 

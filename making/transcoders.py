@@ -1,6 +1,7 @@
 """Make the bundled transcoders, one per layer, and the report of how good they are.
 
-    python -m making.transcoders --model data/model --work WORK --out data/transcoders
+    python -m making.transcoders --work WORK --out data/transcoders --layers 0 --l1 0.05
+    python -m making.transcoders --work WORK --out data/transcoders --layers 1 2 --l1 0.08
 
 WORK is the folder that `making.language_model prepare` wrote: the transcoders see the same mix of real and chronicle
 prose as the model did, and are measured on works and documents that neither saw.
@@ -26,11 +27,11 @@ def main() -> None:
     parser.add_argument("--model", default="bundled", help="folder of the model")
     parser.add_argument("--work", type=Path, required=True, help="folder that prepare wrote")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--rows", type=int, default=16, help="rows of text per step")
-    parser.add_argument("--d-features", type=int, default=4096)
-    parser.add_argument("--l1", type=float, default=tc.TrainConfig().l1)
-    parser.add_argument("--lr", type=float, default=tc.TrainConfig().lr)
+    parser.add_argument("--d-features", type=int, default=2048)
+    parser.add_argument("--l1", type=float, default=0.08)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--layers", type=int, nargs="*", help="all by default")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -40,7 +41,7 @@ def main() -> None:
     rows = mixed_rows(options.work, options.steps * options.rows, model.cfg.n_ctx, model.cfg.bos_token_id, options.seed)
     config = tc.TrainConfig(
         d_features=options.d_features, l1=options.l1, lr=options.lr, steps=options.steps, rows=options.rows,
-        seed=options.seed,
+        bfloat16=True, seed=options.seed,
     )  # fmt: skip
     transcoders, _ = tc.train(model, rows, layers, config, progress=True)
     for layer, transcoder in transcoders.items():

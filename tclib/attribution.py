@@ -18,7 +18,7 @@ from tclib.targets import Target
 from tclib.tracing import Trace
 
 COLUMNS = [
-    "kind",  # feature | head | error | skip | mlp | bias | embedding | position
+    "kind",  # feature | head | error | skip | mlp | bias | target_bias | embedding | position
     "layer",
     "head",
     "position",  # where the source stood
@@ -39,7 +39,8 @@ def attribute(trace: Trace, target: Target) -> pd.DataFrame:
     """Every source of a target with its signed contribution; they sum to the target.
 
     One row per active transcoder feature, transcoder error, transcoder skip path, head and source position (BOS
-    included), embedding, position embedding and bias. A layer without a transcoder is one row of kind ``mlp``.
+    included), embedding, position embedding and bias; ``target_bias`` is the target's own (b_enc or b_U). A layer
+    without a transcoder is one row of kind ``mlp``.
 
     Returns:
         A table with the columns `COLUMNS`, largest |contribution| first. ``table.attrs`` holds ``target`` (its name),
@@ -54,7 +55,7 @@ def attribute(trace: Trace, target: Target) -> pd.DataFrame:
     rows = [
         _row("embedding", here, trace.cache["hook_embed"][here] @ direction),
         _row("position", here, trace.cache["hook_pos_embed"][here] @ direction),
-        _row("bias", here, target.bias, layer=target.layer),
+        _row("target_bias", here, target.bias),
     ]
     for layer in range(trace.model.cfg.n_layers):
         if layer < target.layer or target.place == "mlp_in" and layer == target.layer:

@@ -27,6 +27,7 @@ def source_names(table: pd.DataFrame) -> list[str]:
                 "skip": f"mlp{row.layer} skip path",
                 "mlp": f"mlp{row.layer} (no transcoder)",
                 "bias": f"bias of layer {row.layer}",
+                "target_bias": "the target's own bias",
                 "embedding": f"embedding {place}",
                 "position": f"position {row.position}",
             }[row.kind]

@@ -12,7 +12,27 @@ from tclib.cli.run import declared_names
 from tests.conftest import COMMITTED
 
 # notebook -> parameters that change what it shows and keep it quick
-SECOND_SET: dict[str, dict[str, Any]] = {}
+SECOND_SET: dict[str, dict[str, Any]] = {
+    "00_start_here": {"prompt": "The siege lasted from the year 1545 to the year 15", "start": 45},
+    "02_evaluate_transcoders": {"layer": 0, "rows": 8, "steps": 15, "seed": 1},
+    "04_circuits_from_weights": {
+        "prompt": "The truce was proclaimed in 1345 and abandoned in 13",
+        "later": "80",
+        "earlier": "30",
+        "rows": 32,
+        "seed": 1,
+    },
+    "01_train_transcoders": {
+        "layer": 0,
+        "text": "sampled",
+        "rows": 256,
+        "d_features": 256,
+        "l1": 0.1,
+        "front": [0.01],
+        "steps": 20,
+        "seed": 1,
+    },
+}
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
