@@ -171,6 +171,8 @@ for the report; all numbers are in `metrics.json`.
 
 {verdicts}
 
+What bounds a missed number is taken apart in notebook 06, section 11.
+
 {numbers}
 
 Probability difference lost at the last token when one MLP is zeroed or held at its mean over YY, and when it is zeroed

@@ -22,9 +22,9 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from making.export import held_out_bits
-from tclib import greater_than as gt
 from tclib.chronicle import BACKWARD, NOUNS, SPANS, grammar, words
 from tclib.model import load_model
+from tclib.tasks import greater_than as gt
 from tclib.transcoder import Transcoder, load_transcoders
 
 TRAIN_SAMPLE = 12  # nouns known to the model

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tclib.model import pick_device
 from tclib.paths import data_path
 
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
@@ -144,11 +145,12 @@ class Transcoder(nn.Module):
         return transcoder.to(device).eval().requires_grad_(False)
 
 
-def load_transcoders(where: str | Path = "bundled", device: str | torch.device = "cpu") -> dict[int, Transcoder]:
+def load_transcoders(where: str | Path = "bundled", device: str | torch.device | None = None) -> dict[int, Transcoder]:
     """All transcoders of a folder of ``layer_0.safetensors`` + ``layer_0.json``, ..., by layer.
 
     Args:
         where: ``"bundled"`` or a folder.
+        device: the best one present by default, as for `tclib.model.load_model`.
 
     Raises:
         ValueError: the folder holds none, or one is damaged.
@@ -157,4 +159,5 @@ def load_transcoders(where: str | Path = "bundled", device: str | torch.device =
     stems = {int(p.stem.removeprefix("layer_")): p.with_suffix("") for p in folder.glob("layer_*.safetensors")}
     if not stems:
         raise ValueError(f"no transcoders in {folder}: expected layer_0.safetensors, layer_1.safetensors, ...")
-    return {layer: Transcoder.load(stems[layer], device) for layer in sorted(stems)}
+    place = device if isinstance(device, torch.device) else pick_device(device)
+    return {layer: Transcoder.load(stems[layer], place) for layer in sorted(stems)}

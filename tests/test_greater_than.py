@@ -11,10 +11,10 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from making import measure
-from tclib import greater_than as gt
 from tclib.chronicle import BACKWARD, SPANS
 from tclib.intervene import ablate_mlp, keep_features, replace_mlp
 from tclib.model import load_model
+from tclib.tasks import greater_than as gt
 from tests.tiny import make_transcoder
 
 BOS = "<|endoftext|>"

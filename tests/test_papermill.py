@@ -32,6 +32,7 @@ SECOND_SET: dict[str, dict[str, Any]] = {
         "steps": 20,
         "seed": 1,
     },
+    "06_greater_than": {"noun": "siege", "century": 13, "top": 2, "seed": 1},
 }
 
 

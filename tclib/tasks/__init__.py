@@ -1,0 +1,1 @@
+"""Behaviours to explain, each with its prompts and metrics; the core never imports them."""
