@@ -51,12 +51,26 @@ def replacement(
 
     ``recovered`` = (ce_zero - ce_replaced) / (ce_zero - ce): 1 means that nothing was lost. The last row, layer
     ``"all"``, replaces every layer that has a transcoder at once. BOS is read but never a prediction target.
+
+    Raises:
+        ValueError: no text, or a layer that the model does not have.
     """
+    groups = {**{layer: [layer] for layer in transcoders}, "all": list(transcoders)}
+    return _replace_groups(model, transcoders, tokens, batch_size, groups)
+
+
+def _replace_groups(
+    model: TransformerBridge,
+    transcoders: dict[int, Transcoder],
+    tokens: Int[Tensor, "row pos"],
+    batch_size: int,
+    groups: dict[int | str, list[int]],
+) -> pd.DataFrame:
+    """One row per group of layers that are replaced together."""
     means = _mean_outputs(model, list(transcoders), tokens, batch_size)
     ce = cross_entropy(model, tokens, [], batch_size)
-    groups = [(layer, [layer]) for layer in transcoders] + [("all", list(transcoders))]
     records = []
-    for name, layers in groups:
+    for name, layers in groups.items():
         swaps = {
             "ce_replaced": [h for layer in layers for h in replace_mlp(layer, transcoders[layer])],
             "ce_zero": [h for layer in layers for h in ablate_mlp(layer)],
@@ -80,8 +94,8 @@ def evaluate(
         ValueError: no text, or a layer that the model does not have.
     """
     left = reconstruction(model, transcoders, tokens, batch_size)
-    right = replacement(model, transcoders, tokens, batch_size)
-    return left.merge(right[right["layer"] != "all"].astype({"layer": int}), on="layer")
+    right = _replace_groups(model, transcoders, tokens, batch_size, {layer: [layer] for layer in transcoders})
+    return left.merge(right, on="layer")
 
 
 @torch.no_grad()

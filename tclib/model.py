@@ -56,7 +56,7 @@ def load_model(name: str = "bundled", device: str | None = None) -> TransformerB
             model = TransformerBridge.boot_transformers(str(folder), device=str(pick_device(device)))
         except Exception as error:
             raise ValueError(f"{folder} could not be read as a model: {error}") from error
-    if model.cfg.original_architecture not in (None, "GPT2LMHeadModel") and model.cfg.architecture != "GPT2LMHeadModel":
+    if model.cfg.architecture != "GPT2LMHeadModel":
         raise ValueError(f"{folder} is a {model.cfg.architecture}: only GPT-2-style blocks are supported")
     model = model.float().eval().requires_grad_(False)
     with _quiet_loading():

@@ -6,10 +6,12 @@ import re
 
 import pytest
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import tclib as tc
 from tclib import text
 from tests.conftest import REPO
+from tests.tiny import make_model
 
 DATA = REPO / "data"
 pytestmark = pytest.mark.skipif(not (DATA / "README.md").exists(), reason="data/ has not been made yet")
@@ -113,3 +115,13 @@ def test_a_damaged_model_gets_one_sentence(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(ValueError, match="could not be read as a model"):
         tc.load_model(str(tmp_path))
+
+
+def test_another_architecture_gets_one_sentence(tmp_path):
+    config = GPTNeoXConfig(
+        vocab_size=41, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    make_model(tmp_path, layers=1, d_model=16, heads=2)  # for its tokenizer
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="only GPT-2-style blocks are supported"):
+        tc.load_model(str(tmp_path), device="cpu")
