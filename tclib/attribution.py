@@ -13,12 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tclib.activations import hook_in
+from tclib.activations import hook_in, hook_out
+from tclib.frozen import self_test
 from tclib.targets import Target
 from tclib.tracing import Trace
 
 COLUMNS = [
-    "kind",  # feature | head | error | skip | mlp | bias | target_bias | embedding | position
+    "kind",  # of the source, see `attribute`
     "layer",
     "head",
     "position",  # where the source stood
@@ -38,46 +39,54 @@ class UnbalancedError(RuntimeError):
 def attribute(trace: Trace, target: Target) -> pd.DataFrame:
     """Every source of a target with its signed contribution; they sum to the target.
 
-    One row per active transcoder feature, transcoder error, transcoder skip path, head and source position (BOS
-    included), embedding, position embedding and bias; ``target_bias`` is the target's own (b_enc or b_U). A layer
-    without a transcoder is one row of kind ``mlp``.
+    One row per source: active transcoder ``feature``; transcoder ``error``, ``skip`` path and ``transcoder_bias`` of a
+    layer; ``head`` and source position (BOS included), its ``value_bias``, and ``attention_bias`` of a layer;
+    ``embedding`` and ``position`` embedding; ``target_bias``, the target's own (b_enc or b_U), and ``norm_bias`` of
+    the LayerNorm it reads through. Value and LayerNorm biases are folded away, and have no rows, in a processed model.
+    A layer without a transcoder is one row of kind ``mlp``: all of its MLP is error.
 
     Returns:
         A table with the columns `COLUMNS`, largest |contribution| first. ``table.attrs`` holds ``target`` (its name),
-        ``value`` and ``scale``.
+        ``value``, ``scale`` and ``without_transcoder`` (layers).
 
     Raises:
-        UnbalancedError: |sum - value| > 1e-5 * sum |contribution|.
+        UnbalancedError: |sum - value| > 1e-5 * sum |contribution| (1e-10 for a model in float64).
+        NotFrozenError: the model does not answer as its weights say; see `tclib.frozen.self_test`, run first.
     """
+    self_test(trace)
     direction, scale = target.pulled_back(trace), target.scale(trace)
-    centred = target.reader - target.reader.mean()
     here = target.position
     rows = [
         _row("embedding", here, trace.cache["hook_embed"][here] @ direction),
-        _row("position", here, trace.cache["hook_pos_embed"][here] @ direction),
         _row("target_bias", here, target.bias),
     ]
-    for layer in range(trace.model.cfg.n_layers):
-        if layer < target.layer or target.place == "mlp_in" and layer == target.layer:
-            rows += _attention(trace, layer, here, direction, scale)
-        if layer < target.layer:
-            rows += _mlp(trace, layer, here, direction, centred, scale)
+    if "hook_pos_embed" in trace.cache:
+        rows.append(_row("position", here, trace.cache["hook_pos_embed"][here] @ direction))
+    if trace.gain(target.place, target.layer)[1].any():
+        rows.append(_row("norm_bias", here, target.norm_bias(trace)))
+    for layer in trace.attention_before(target.place, target.layer):
+        rows += _attention(trace, layer, here, direction, scale)
+    for layer in range(target.layer):
+        rows += _mlp(trace, layer, here, direction, scale)
     table = pd.DataFrame(rows, columns=COLUMNS).astype({c: "Int64" for c in ("layer", "head", "feature")})
     table["token"] = [trace.token_strings[p] for p in table["position"]]
     table = table.sort_values("contribution", key=abs, ascending=False, ignore_index=True)
-    table.attrs |= {"target": target.name, "value": target.value(trace), "scale": scale}
-    check_balance(table)
+    without = [layer for layer in range(target.layer) if layer not in trace.transcoders]
+    table.attrs |= {
+        "target": target.name, "value": target.value(trace), "scale": scale, "without_transcoder": without
+    }  # fmt: skip
+    check_balance(table, 1e-5 if direction.dtype == torch.float32 else 1e-10)
     return table
 
 
 def check_balance(table: pd.DataFrame, tolerance: float = 1e-5) -> None:
-    """Raise `UnbalancedError` unless the contributions sum to ``table.attrs["value"]`` within float32 rounding."""
+    """Raise `UnbalancedError` unless the contributions sum to ``table.attrs["value"]`` within rounding."""
     total, size = table["contribution"].sum(), table["contribution"].abs().sum()
     gap = abs(total - table.attrs["value"])
-    if not gap <= tolerance * max(size, 1e-3):
+    if not gap <= tolerance * size:
         raise UnbalancedError(
             f"the contributions to {table.attrs['target']} sum to {total:.6f}, not {table.attrs['value']:.6f}: "
-            "is this a processed GPT-2-style model without other edits?"
+            "is this a GPT-2 or GPT-NeoX model without other edits?"
         )
 
 
@@ -114,24 +123,28 @@ def _attention(trace: Trace, layer: int, here: int, direction: Tensor, scale: fl
     pattern = cache[f"blocks.{layer}.attn.hook_pattern"][:, here, : here + 1]  # [head, source]
     values = cache[f"blocks.{layer}.attn.hook_v"][: here + 1]  # [source, head, d_head]
     readers = model.W_O[layer] @ direction  # [head, d_head]
-    through = pattern * torch.einsum("shd,hd->hs", values - model.b_V[layer], readers)
-    value_bias = (pattern.sum(-1) * (model.b_V[layer] * readers).sum(-1)).sum()
-    rows = [_row("bias", here, model.b_O[layer] @ direction + value_bias, layer=layer)]
+    b_V = model.b_V[layer]  # [head, d_head]
+    through = pattern * torch.einsum("shd,hd->hs", values - b_V, readers)
+    rows = [_row("attention_bias", here, model.b_O[layer] @ direction, layer=layer)]
+    if b_V.any():
+        by_head = (pattern.sum(-1) * (b_V * readers).sum(-1)).tolist()
+        rows += [_row("value_bias", here, bias, layer=layer, head=head) for head, bias in enumerate(by_head)]
+    weights = (pattern / scale).tolist()
     for head, by_source in enumerate(through.tolist()):
         for source, contribution in enumerate(by_source):
-            weight = pattern[head, source].item() / scale
+            weight = weights[head][source]
             rows.append(_row("head", source, contribution, layer=layer, head=head, input_dependent=weight))
     return rows
 
 
-def _mlp(trace: Trace, layer: int, here: int, direction: Tensor, centred: Tensor, scale: float) -> list[dict]:
-    out = trace.cache[f"blocks.{layer}.hook_mlp_out"][here]
+def _mlp(trace: Trace, layer: int, here: int, direction: Tensor, scale: float) -> list[dict]:
+    out = trace.cache[hook_out(layer)][here]
     if layer not in trace.transcoders:
         return [_row("mlp", here, out @ direction, layer=layer)]
     transcoder, z = trace.transcoders[layer], trace.features[layer][here]
     x = trace.cache[hook_in(layer)][here]
     active = z.nonzero().squeeze(-1)
-    dependent, invariant = z[active] / scale, transcoder.W_dec[active] @ centred
+    dependent, invariant = z[active] / scale, transcoder.W_dec[active] @ direction * scale
     rows = [
         _row("feature", here, d * i, layer=layer, feature=index, input_dependent=d, input_invariant=i)
         for index, d, i in zip(active.tolist(), dependent.tolist(), invariant.tolist(), strict=True)
@@ -139,5 +152,5 @@ def _mlp(trace: Trace, layer: int, here: int, direction: Tensor, centred: Tensor
     if transcoder.W_skip is not None:
         rows.append(_row("skip", here, x @ transcoder.W_skip @ direction, layer=layer))
     rows.append(_row("error", here, (out - transcoder.decode(z, x)) @ direction, layer=layer))
-    rows.append(_row("bias", here, transcoder.b_dec @ direction, layer=layer))
+    rows.append(_row("transcoder_bias", here, transcoder.b_dec @ direction, layer=layer))
     return rows

@@ -29,18 +29,20 @@ def pick_device(device: str | None = None) -> torch.device:
     return torch.device(device)
 
 
-def load_model(name: str = "bundled", device: str | None = None) -> TransformerBridge:
+def load_model(name: str = "bundled", device: str | None = None, processed: bool = True) -> TransformerBridge:
     """A language model, processed as the paper's transcoders expect.
 
     LayerNorm gains are folded into the weights, writing weights and the unembedding are centred, and value biases
     are folded into the attention output bias, so the log-probabilities are those of the plain model.
 
     Args:
-        name: ``"bundled"``, or a folder holding config.json, model.safetensors and tokenizer.json of a GPT-2 model.
+        name: ``"bundled"``, or a folder holding config.json, model.safetensors and tokenizer.json of a GPT-2 or
+            GPT-NeoX model.
         device: ``"cpu"``, ``"cuda"`` or ``"mps"``; the best one present by default.
+        processed: False leaves the weights as they are on disk, for transcoders trained on such a model.
 
     Raises:
-        ValueError: unknown name, or a folder that is not a GPT-2-style model.
+        ValueError: unknown name, or a folder whose model has other blocks than GPT-2's or GPT-NeoX's.
     """
     folder = data_path("model") if name == "bundled" else Path(name)
     if not folder.is_dir():
@@ -56,11 +58,12 @@ def load_model(name: str = "bundled", device: str | None = None) -> TransformerB
             model = TransformerBridge.boot_transformers(str(folder), device=str(pick_device(device)))
         except Exception as error:
             raise ValueError(f"{folder} could not be read as a model: {error}") from error
-    if model.cfg.architecture != "GPT2LMHeadModel":
-        raise ValueError(f"{folder} is a {model.cfg.architecture}: only GPT-2-style blocks are supported")
+    if model.cfg.architecture not in ("GPT2LMHeadModel", "GPTNeoXForCausalLM"):
+        raise ValueError(f"{folder} is a {model.cfg.architecture}: only GPT-2 and GPT-NeoX blocks are supported")
     model = model.float().eval().requires_grad_(False)
-    with _quiet_loading():
-        model.enable_compatibility_mode(disable_warnings=True)
+    if processed:
+        with _quiet_loading():
+            model.enable_compatibility_mode(disable_warnings=True)
     return model.requires_grad_(False)
 
 

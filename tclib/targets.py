@@ -1,23 +1,20 @@
 """What attribution can explain: a number that is linear in the residual stream once LayerNorm scales are frozen.
 
 A target reads the normalised residual stream at one place with one vector:
-``value = reader . normalised(resid) + bias``. At ``place`` "attn_in" that is ln1's output of a layer, at "mlp_in"
-ln2's, at "final" ln_final's.
+``value = reader . gain * normalised(resid) + norm_bias + bias``, where only a model that was not processed has a gain
+other than 1 and a ``norm_bias`` (the LayerNorm's bias, seen by the reader) other than 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tclib.model import to_token
-from tclib.tracing import Trace
-
-Place = Literal["attn_in", "mlp_in", "final"]
+from tclib.tracing import Place, Trace
 
 
 @dataclass(frozen=True)
@@ -33,27 +30,24 @@ class Target:
 
     def scale(self, trace: Trace) -> float:
         """The LayerNorm scale (standard deviation) that this input was divided by; treated as a constant."""
-        return trace.cache[self._norm("hook_scale")][self.position].item()
+        return trace.scale(self.place, self.layer)[self.position].item()
+
+    def norm_bias(self, trace: Trace) -> float:
+        """What the LayerNorm's own bias brings to the reader: 0 in a processed model."""
+        return (trace.gain(self.place, self.layer)[1] @ self.reader).item()
 
     def pulled_back(self, trace: Trace) -> Float[Tensor, " d_model"]:
         """The reader as a direction in the residual stream: centred, as LayerNorm centres, and divided by its scale."""
-        return (self.reader - self.reader.mean()) / self.scale(trace)
+        return trace.pull_norm(self.place, self.layer, self.reader, self.position)
 
     def value(self, trace: Trace) -> float:
         """The number itself, read off the residual stream."""
-        name = {"attn_in": "hook_resid_pre", "mlp_in": "hook_resid_mid", "final": "hook_resid_post"}[self.place]
-        layer = min(self.layer, trace.model.cfg.n_layers - 1)
-        resid = trace.cache[f"blocks.{layer}.{name}"][self.position]
-        return (resid @ self.pulled_back(trace)).item() + self.bias
-
-    def _norm(self, name: str) -> str:
-        if self.place == "final":
-            return f"ln_final.{name}"
-        return f"blocks.{self.layer}.{'ln1' if self.place == 'attn_in' else 'ln2'}.{name}"
+        resid = trace.residual(self.place, self.layer)[self.position]
+        return (resid @ self.pulled_back(trace)).item() + self.norm_bias(trace) + self.bias
 
 
 def feature(trace: Trace, layer: int, index: int, position: int = -1) -> Target:
-    """The pre-activation of a transcoder feature at a position (it may be negative: then the feature is silent).
+    """The pre-activation of a transcoder feature at a position. Of an inactive feature too: its name then says so.
 
     Raises:
         ValueError: no such layer, transcoder, feature or position.
@@ -63,14 +57,24 @@ def feature(trace: Trace, layer: int, index: int, position: int = -1) -> Target:
         raise ValueError(f"feature {index} is outside the transcoder, which has {transcoder.config.d_features}")
     position = trace.position(position)
     reader, bias = transcoder.W_enc[:, index], transcoder.b_enc[index].item()
-    return Target(f"feature {layer}/{index} at {position}", "mlp_in", layer, position, reader, bias)
+    name = f"feature {layer}/{index} at {position}"
+    target = Target(name, "mlp_in", layer, position, reader, bias)
+    if trace.features[layer][position, index] == 0:
+        return replace(target, name=f"{name} (inactive, pre-activation {target.value(trace):.3g})")
+    return target
 
 
 def logit(trace: Trace, token: str | int, position: int = -1) -> Target:
-    """The logit of a token. The unembedding of a processed model is centred: this is the logit minus the mean logit."""
+    """The logit of a token. Where the unembedding is centred, as in a processed model, this is the logit minus the
+    mean logit, and the target's name says so.
+    """
     index = to_token(trace.model, token) if isinstance(token, str) else token
-    reader, bias = trace.model.W_U[:, index], trace.model.b_U[index].item()
-    return _final(trace, f"logit {token!r}", position, reader, bias)
+    if not 0 <= index < trace.model.cfg.d_vocab:
+        raise ValueError(f"token {index} is outside the vocabulary of {trace.model.cfg.d_vocab}")
+    W_U = trace.model.W_U
+    centred = W_U.mean(dim=1).abs().max() < 1e-4 * W_U.std()
+    name = f"logit {token!r}" + " - mean logit" * bool(centred)
+    return _final(trace, name, position, W_U[:, index], trace.model.b_U[index].item())
 
 
 def logit_difference(trace: Trace, token: str | int, other: str | int, position: int = -1) -> Target:
@@ -80,7 +84,7 @@ def logit_difference(trace: Trace, token: str | int, other: str | int, position:
 
 
 def direction(trace: Trace, reader: Float[Tensor, " d_model"], place: Place, layer: int, position: int = -1) -> Target:
-    """Any vector that reads the normalised residual stream at any place."""
+    """Any vector that reads the output of any LayerNorm (at "mlp_in" before its gain, as transcoders do)."""
     if reader.shape != (trace.model.cfg.d_model,):
         raise ValueError(f"the direction has shape {tuple(reader.shape)}, not ({trace.model.cfg.d_model},)")
     if place == "final":
@@ -95,8 +99,7 @@ def head_source(trace: Trace, target: Target, layer: int, head: int, source: int
     Paper, section 4.1: with the pattern A frozen, the reader at the source is ``A[t, s] W_V W_O reader``.
     Its value is the head's row in the target's table (without the head's value bias).
     """
-    attends = layer < target.layer or (layer == target.layer and target.place == "mlp_in")
-    if not (0 <= head < trace.model.cfg.n_heads and attends):
+    if not (0 <= head < trace.model.cfg.n_heads and layer in trace.attention_before(target.place, target.layer)):
         raise ValueError(f"head {layer}.{head} does not come before {target.name}")
     source = trace.position(source)
     weight = trace.cache[f"blocks.{trace.layer(layer)}.attn.hook_pattern"][head, target.position, source]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from tclib.activations import hook_in, hook_out
 from tclib.model import load_model
@@ -15,15 +15,26 @@ from tclib.transcoder import Transcoder, TranscoderConfig
 WORDS = [f"w{i}" for i in range(40)]
 
 
-def make_model(folder: Path, layers: int = 2, d_model: int = 32, heads: int = 4, context: int = 16, seed: int = 0):
-    """A random GPT-2 folder, loaded through `tclib.load_model`. Its vocabulary is w0 ... w39 and <|endoftext|>."""
+def make_model(
+    folder: Path, layers: int = 2, d_model: int = 32, heads: int = 4, context: int = 16, seed: int = 0,
+    blocks: str = "gpt2", processed: bool = True,
+):  # fmt: skip
+    """A random model's folder, loaded through `tclib.load_model`. Its vocabulary is w0 ... w39 and <|endoftext|>.
+
+    ``blocks``: "gpt2"; "neox" (rotary, attention and MLP in parallel) or "neox-sequential".
+    """
     torch.manual_seed(seed)
     bos = len(WORDS)
-    config = GPT2Config(
-        vocab_size=bos + 1, n_positions=context, n_embd=d_model, n_layer=layers, n_head=heads,
-        bos_token_id=bos, eos_token_id=bos,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    common = {"vocab_size": bos + 1, "bos_token_id": bos, "eos_token_id": bos}
+    if blocks == "gpt2":
+        config = GPT2Config(n_positions=context, n_embd=d_model, n_layer=layers, n_head=heads, **common)
+        model = GPT2LMHeadModel(config)
+    else:
+        config = GPTNeoXConfig(
+            hidden_size=d_model, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=2 * d_model,
+            max_position_embeddings=context, rotary_pct=0.25, use_parallel_residual=blocks == "neox", **common,
+        )  # fmt: skip
+        model = GPTNeoXForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -35,7 +46,7 @@ def make_model(folder: Path, layers: int = 2, d_model: int = 32, heads: int = 4,
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="w0"
     )
     fast.save_pretrained(folder)
-    return load_model(str(folder), device="cpu")
+    return load_model(str(folder), device="cpu", processed=processed)
 
 
 def make_transcoder(layer: int, d_model: int = 32, d_features: int = 64, seed: int = 0, **config) -> Transcoder:

@@ -1,0 +1,172 @@
+"""The frozen model: attention patterns, LayerNorm scales and MLP outputs held at one prompt's values.
+
+What is left is linear, which is why attribution can add up (paper, section 4.1). This module runs the model itself
+with those values held, to check what `tclib.attribution` computes from weights: a freeze that silently does not hold
+would give a plausible wrong answer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tclib.activations import hook_in, hook_out
+from tclib.targets import Target
+from tclib.tracing import Trace
+
+Hook = tuple[str, Callable]
+
+
+class NotFrozenError(RuntimeError):
+    """The model with everything held does not answer linearly, or not as its weights say: no table can be trusted."""
+
+
+def freeze(trace: Trace) -> list[Hook]:
+    """Hooks that hold patterns, LayerNorm scales and MLP outputs at this prompt's values."""
+    held = (".hook_pattern", ".hook_scale", ".hook_mlp_out")
+    return [(name, _hold(value)) for name, value in trace.cache.items() if name.endswith(held)]
+
+
+@torch.no_grad()
+def propagate(trace: Trace, change: Float[Tensor, "pos d_model"]) -> dict[str, Float[Tensor, "pos d_model"]]:
+    """How a change of the embeddings arrives at each transcoder's input and at ln_final, from the weights alone.
+
+    Returns:
+        The change of ``blocks.{layer}.ln2.hook_normalized`` for every layer and of ``ln_final.hook_normalized``.
+    """
+    model, arrives = trace.model, {}
+    for layer in range(model.cfg.n_layers):
+        read = _normalise(trace, "attn_in", layer, change) * trace.gain("attn_in", layer)[0]
+        values = torch.einsum("sd,hde->hse", read, model.W_V[layer])
+        moved = torch.einsum("hts,hse->hte", trace.cache[f"blocks.{layer}.attn.hook_pattern"], values)
+        after = change + torch.einsum("hte,hed->td", moved, model.W_O[layer])
+        arrives[hook_in(layer)] = _normalise(trace, "mlp_in", layer, change if trace.parallel else after)
+        change = after
+    arrives["ln_final.hook_normalized"] = _normalise(trace, "final", model.cfg.n_layers, change)
+    return arrives
+
+
+@torch.no_grad()
+def self_test(trace: Trace) -> float:
+    """Push the embeddings in a random direction and compare what the frozen model does with what its weights say.
+
+    Returns:
+        The largest relative deviation over all places where a target can read.
+
+    Raises:
+        NotFrozenError: above 1e-3 in float32, 1e-8 in float64.
+    """
+    embed = trace.cache["hook_embed"]
+    noise = torch.randn(embed.shape, generator=torch.Generator().manual_seed(0)).to(embed)
+    change = noise * embed.norm() / noise.norm()
+    predicted = propagate(trace, change)
+    with _run_with(trace, [*freeze(trace), ("hook_embed", lambda value, hook: value + change)]):
+        _, pushed = trace.model.run_with_cache(trace.tokens[None], names_filter=lambda n: n in predicted)
+    worst = 0.0
+    for name, expected in predicted.items():
+        measured = pushed[name][0] - trace.cache[name]
+        # A large input leaves its own rounding in the difference.
+        size = expected.norm() + 1e-3 * trace.cache[name].norm()
+        worst = max(worst, ((measured - expected).norm() / size).item())
+    if not worst <= (1e-3 if embed.dtype == torch.float32 else 1e-8):
+        raise NotFrozenError(
+            f"with patterns and scales held, the model deviates by {worst:.1e} from what its weights say: "
+            "is it a GPT-2 or GPT-NeoX model without other edits or hooks?"
+        )
+    return worst
+
+
+def by_autograd(trace: Trace, target: Target, table: pd.DataFrame) -> pd.Series:
+    """The ``contribution`` column of a table of `tclib.attribution.attribute` by another route.
+
+    Every row is what was written times the gradient of the target there, by autograd through the model itself with
+    patterns and scales held, and with values and MLP outputs as constants, so that only the direct path is left.
+    """
+    slopes = _gradients(trace, target)
+    contributions = [_by_gradient(trace, target, slopes, row) for row in table.itertuples()]
+    return pd.Series(contributions, index=table.index, name="contribution", dtype=float)
+
+
+def _by_gradient(trace: Trace, target: Target, slopes: dict[str, Tensor], row) -> float:
+    if row.kind in ("target_bias", "norm_bias"):
+        return target.bias if row.kind == "target_bias" else target.norm_bias(trace)
+    if row.kind in ("embedding", "position"):
+        write = trace.cache["hook_embed" if row.kind == "embedding" else "hook_pos_embed"][row.position]
+        return (write @ slopes["hook_embed"][row.position]).item()
+    model, block = trace.model, f"blocks.{row.layer}"
+    if row.kind in ("head", "value_bias"):
+        slope, bias = slopes[f"{block}.attn.hook_v"], model.b_V[row.layer, row.head]
+        if row.kind == "value_bias":
+            return (slope[:, row.head] @ bias).sum().item()
+        value = trace.cache[f"{block}.attn.hook_v"][row.position, row.head] - bias
+        return (slope[row.position, row.head] @ value).item()
+    if row.kind == "attention_bias":
+        return (slopes[f"{block}.hook_attn_out"][row.position] @ model.b_O[row.layer]).item()
+    slope, out = slopes[hook_out(row.layer)][row.position], trace.cache[hook_out(row.layer)][row.position]
+    if row.kind == "mlp":
+        return (slope @ out).item()
+    transcoder, z = trace.transcoders[row.layer], trace.features[row.layer][row.position]
+    x = trace.cache[hook_in(row.layer)][row.position]
+    if row.kind == "feature":
+        return (slope @ transcoder.W_dec[row.feature] * z[row.feature]).item()
+    return (slope @ {
+        "skip": lambda: x @ transcoder.W_skip,
+        "transcoder_bias": lambda: transcoder.b_dec,
+        "error": lambda: out - transcoder.decode(z, x),
+    }[row.kind]()).item()  # fmt: skip
+
+
+def _gradients(trace: Trace, target: Target) -> dict[str, Tensor]:
+    """Gradient of the target at everything that is added to the residual stream or moved by attention."""
+    place = {"attn_in": f"blocks.{target.layer}.ln1", "mlp_in": f"blocks.{target.layer}.ln2", "final": "ln_final"}
+    read_at, seen = place[target.place] + ".hook_normalized", {}
+
+    def leaf(name: str) -> Hook:  # hook.name is no key: an unprocessed model calls the same place by another name
+        def constant(value: Tensor, hook) -> Tensor:
+            seen[name] = value.detach().clone().requires_grad_(True)
+            return seen[name]
+
+        return name, constant
+
+    def add_nothing(name: str) -> Hook:
+        def add(value: Tensor, hook) -> Tensor:
+            seen[name] = torch.zeros_like(value).requires_grad_(True)
+            return value + seen[name]
+
+        return name, add
+
+    def keep(value: Tensor, hook) -> None:
+        seen["read"] = value
+
+    hooks = [(name, hold) for name, hold in freeze(trace) if not name.endswith("hook_mlp_out")]
+    hooks += [leaf("hook_embed"), (read_at, keep)]
+    for layer in range(trace.model.cfg.n_layers):
+        hooks += [leaf(f"blocks.{layer}.attn.hook_v"), leaf(hook_out(layer))]
+        hooks += [add_nothing(f"blocks.{layer}.hook_attn_out")]
+    with torch.enable_grad(), _run_with(trace, hooks):
+        trace.model(trace.tokens[None])
+        read = seen.pop("read")[0, target.position]
+        (read @ (target.reader * trace.gain(target.place, target.layer)[0])).backward()
+    return {name: value.grad[0] for name, value in seen.items() if value.grad is not None}
+
+
+@contextmanager
+def _run_with(trace: Trace, hooks: list[Hook]) -> Iterator[None]:
+    with trace.model.hooks(fwd_hooks=hooks), warnings.catch_warnings():
+        # TransformerLens warns, rightly, that an edited LayerNorm is recomputed: that is the point here.
+        warnings.filterwarnings("ignore", message=".*hook_scale/hook_normalized")
+        yield
+
+
+def _hold(value: Tensor) -> Callable:
+    return lambda _value, hook: value[None]
+
+
+def _normalise(trace: Trace, place, layer: int, change: Tensor) -> Tensor:
+    return (change - change.mean(-1, keepdim=True)) / trace.scale(place, layer)[:, None]
