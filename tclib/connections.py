@@ -1,0 +1,198 @@
+"""Input-invariant connections: what the weights alone say about every prompt, beside what text makes of them.
+
+Paper, section 4.1 and appendix: the factor ``f_dec . f_enc`` needs no input, so all of a feature's connections can be
+read at once. Which of them matter is a question about text; `data_weighted` answers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from tclib.activations import check_layers, hook_in
+from tclib.targets import Target
+from tclib.tracing import Trace
+from tclib.transcoder import Transcoder
+
+Head = tuple[int, int]  # (layer, head)
+
+
+@torch.no_grad()
+def reader(trace: Trace, target: Target, heads: Sequence[Head] = ()) -> Float[Tensor, " d_model"]:
+    """The direction that a target reads, carried back through the OV circuits of ``heads``, the last one first.
+
+    ``r <- W_V W_O r`` for each head, and LayerNorm's gain and centring at each place; no pattern, no scale.
+
+    Raises:
+        ValueError: a head that does not come before what reads it.
+    """
+    vector, place, layer = target.pulled_back(trace) * target.scale(trace), target.place, target.layer
+    for at, head in heads:
+        if at not in trace.attention_before(place, layer) or not 0 <= head < trace.model.cfg.n_heads:
+            raise ValueError(f"head {at}.{head} does not come before {place} of layer {layer}")
+        vector = trace.model.W_V[at, head] @ (trace.model.W_O[at, head] @ vector)
+        vector = vector * trace.gain("attn_in", at)[0]
+        vector, place, layer = vector - vector.mean(), "attn_in", at
+    return vector
+
+
+@torch.no_grad()
+def pullback(trace: Trace, target: Target, layer: int, heads: Sequence[Head] = ()) -> pd.Series:
+    """The input-invariant factor of every feature of an earlier layer, active or not: ``W_dec r`` (see `reader`).
+
+    Returns:
+        A Series by feature index, largest first.
+
+    Raises:
+        ValueError: a layer that has no transcoder or does not come before its reader.
+    """
+    transcoder = trace.transcoders[trace.layer(layer, with_transcoder=True)]
+    before = heads[-1][0] if heads else target.layer
+    if layer >= before:
+        raise ValueError(f"the features of layer {layer} are written after layer {before} reads")
+    return _ranked(transcoder.W_dec @ reader(trace, target, heads), "input_invariant")
+
+
+@torch.no_grad()
+def de_embed(trace: Trace, target: Target, heads: Sequence[Head] = ()) -> pd.Series:
+    """Which vocabulary tokens drive a target on the direct path: ``W_E r`` (paper, section 4.2).
+
+    Returns:
+        A Series by token string, largest first.
+    """
+    scores = trace.model.W_E @ reader(trace, target, heads)
+    return _ranked(scores, "de_embedding", _vocabulary(trace.model))
+
+
+@torch.no_grad()
+def de_embed_through_mlp0(trace: Trace, target: Target, heads: Sequence[Head] = ()) -> pd.DataFrame:
+    """De-embedding extended by what MLP0's transcoder makes of each token: ``W_E r`` and ``TC0(LN(W_E)) r``.
+
+    MLP0 is given the token's embedding alone, without position and attention, as if the token stood anywhere.
+
+    Returns:
+        By token string: ``direct``, ``through_mlp0`` and ``total``, largest total first.
+
+    Raises:
+        ValueError: layer 0 has no transcoder, or the target does not come after it.
+    """
+    trace.layer(0, with_transcoder=True)
+    if (heads[-1][0] if heads else target.layer) < 1:
+        raise ValueError(f"{target.name} is read before MLP0 has written")
+    W_E, direction = trace.model.W_E, reader(trace, target, heads)
+    normalised = torch.nn.functional.layer_norm(W_E, W_E.shape[-1:], eps=trace.model.cfg.eps)
+    through = torch.cat([trace.transcoders[0](part) @ direction for part in normalised.split(1024)])
+    columns = {"direct": W_E @ direction, "through_mlp0": through}
+    table = pd.DataFrame({name: c.cpu().numpy() for name, c in columns.items()}, index=_vocabulary(trace.model))
+    table["total"] = table["direct"] + table["through_mlp0"]
+    return table.sort_values("total", ascending=False)
+
+
+@torch.no_grad()
+def logit_lens(trace: Trace, layer: int, index: int) -> pd.Series:
+    """What a feature says about the next token when nothing comes in between: ``f_dec W_U``, centred.
+
+    Returns:
+        A Series by token string, largest first; units of a logit per unit of activation / LayerNorm scale.
+    """
+    f_dec = trace.transcoders[trace.layer(layer, with_transcoder=True)].W_dec[index]
+    scores = ((f_dec - f_dec.mean()) * trace.gain("final", trace.model.cfg.n_layers)[0]) @ trace.model.W_U
+    return _ranked(scores - scores.mean(), "logit_lens", _vocabulary(trace.model))
+
+
+@torch.no_grad()
+def ov_connections(trace: Trace, target: Target, layer: int, index: int) -> pd.DataFrame:
+    """One earlier feature's connection to a target through each single head: ``f_dec W_V W_O r``.
+
+    Returns:
+        ``layer`` and ``head`` of every head between the two, ``input_invariant``; largest magnitude first.
+    """
+    f_dec = trace.transcoders[trace.layer(layer, with_transcoder=True)].W_dec[index]
+    rows = [
+        {"layer": at, "head": head, "input_invariant": (f_dec @ reader(trace, target, [(at, head)])).item()}
+        for at in trace.attention_before(target.place, target.layer)
+        if at > layer
+        for head in range(trace.model.cfg.n_heads)
+    ]
+    table = pd.DataFrame(rows, columns=["layer", "head", "input_invariant"])
+    return table.sort_values("input_invariant", key=abs, ascending=False, ignore_index=True)
+
+
+@torch.no_grad()
+def data_weighted(
+    model: TransformerBridge,
+    transcoders: dict[int, Transcoder],
+    tokens: Int[Tensor, "row pos"],
+    source_layer: int,
+    target_layer: int,
+    index: int,
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """Connections of all features of a layer to one later feature on the direct path, weighted by text.
+
+    With V_i = f_dec,i . f_enc the input-invariant factor, z_i / scale the input-dependent one, and z the target's
+    activation, over all tokens but BOS:
+
+        input_x_gradient = V_i  E[ 1(z > 0) z_i / scale ]        the mean attribution, gradient through the ReLU
+        target_weighted  = V_i  E[ z z_i / scale ] / E[ z ]      expected attribution where the target fires
+
+    (the second: Ameisen et al. 2025, "target-weighted expected residual attribution").
+
+    Returns:
+        ``input_invariant``, ``input_x_gradient`` and ``target_weighted`` by feature index of the source layer.
+
+    Raises:
+        ValueError: layers that do not fit, or a target that never fires on this text.
+    """
+    check_layers(model, [source_layer, target_layer])
+    if source_layer >= target_layer or not {source_layer, target_layer} <= transcoders.keys():
+        raise ValueError(f"layers {source_layer} and {target_layer}: the earlier one first, both with a transcoder")
+    source, target = transcoders[source_layer], transcoders[target_layer]
+    invariant = source.W_dec @ (target.W_enc[:, index] - target.W_enc[:, index].mean())
+    scale_name = f"blocks.{target_layer}.ln2.hook_scale"
+    names = {hook_in(source_layer), hook_in(target_layer), scale_name}
+    masked, weighted = torch.zeros_like(invariant), torch.zeros_like(invariant)
+    fired, count = 0.0, 0
+    for rows in tokens.split(batch_size):
+        rows = rows.to(model.cfg.device)
+        _, cache = model.run_with_cache(rows, names_filter=names.__contains__, stop_at_layer=target_layer + 1)
+        keep = rows != model.tokenizer.bos_token_id
+        z = target.encode(cache[hook_in(target_layer)][keep])[:, index]
+        dependent = source.encode(cache[hook_in(source_layer)][keep]) / cache[scale_name][keep]
+        masked += (z > 0).to(z) @ dependent
+        weighted += z @ dependent
+        fired, count = fired + z.sum().item(), count + len(z)
+    if fired == 0:
+        raise ValueError(f"feature {target_layer}/{index} never fires on these {count} tokens: give more text")
+    columns = {
+        "input_invariant": invariant,
+        "input_x_gradient": invariant * masked / count,
+        "target_weighted": invariant * weighted / fired,
+    }
+    return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+
+
+def overlap(a: pd.Series, b: pd.Series, ks: Sequence[int] = (10, 20, 50)) -> pd.DataFrame:
+    """How many of the k largest entries two rankings share (paper, appendix: input-invariant against data-weighted).
+
+    Returns:
+        ``k``, ``overlap`` (fraction), ``chance`` (expected for two random rankings: k / number of entries).
+    """
+    rows = [
+        {"k": k, "overlap": len(a.nlargest(k).index.intersection(b.nlargest(k).index)) / k, "chance": k / len(a)}
+        for k in ks
+    ]
+    return pd.DataFrame(rows)
+
+
+def _ranked(scores: Tensor, name: str, index: list[str] | None = None) -> pd.Series:
+    return pd.Series(scores.cpu().numpy(), index=index, name=name).sort_values(ascending=False)
+
+
+def _vocabulary(model: TransformerBridge) -> list[str]:
+    return [model.tokenizer.decode([i]) for i in range(model.cfg.d_vocab)]
