@@ -23,6 +23,8 @@ ORIGIN = {
     "transcoders": "`python -m making.transcoders`",
     "text": "`python -m making.sampled_text`: sampled from the bundled model, not real text",
     "published.json": "typed from the papers named in it",
+    "fronts.json": "`python -m making.fronts`",
+    "ablations.json": "`python -m making.ablations`",
 }
 
 

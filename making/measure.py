@@ -25,6 +25,7 @@ from making.export import held_out_bits
 from tclib.chronicle import BACKWARD, NOUNS, SPANS, grammar, words
 from tclib.model import load_model
 from tclib.tasks import greater_than as gt
+from tclib.tasks import sweeps
 from tclib.transcoder import Transcoder, load_transcoders
 
 TRAIN_SAMPLE = 12  # nouns known to the model
@@ -161,7 +162,9 @@ def cut(templates: tuple[str, ...], answer: str, rng: random.Random) -> list[str
             return slot[0]
         return rng.choice(grammar.FIELDS.get(name) or getattr(words, f"{name.upper()}S"))
 
-    return [re.sub(r"\{(\w+)\}", fill, template.split(f"{{{answer}}}")[0]) + "{century}" for template in templates]
+    other = "{start}" if answer == "end" else "{end}"
+    starts = [re.sub(r"\{(\w+)\}", fill, template.split(f"{{{answer}}}")[0]) for template in templates]
+    return [start.replace("{noun}", "NOUN").replace(other, "XXYY") + "XX" for start in starts]
 
 
 def mlp_drops(model: TransformerBridge, prompts: gt.Prompts) -> list[dict]:
@@ -182,18 +185,18 @@ def features_vs_neurons(model: TransformerBridge, prompts: gt.Prompts, layer: in
     k = FEATURES
     feature_ks = [n for n in FEATURE_KS if n <= transcoder.W_dec.shape[0]]
     neuron_ks = [n for n in NEURON_KS if n <= model.cfg.d_mlp]
-    features = gt.sweep_units(model, prompts, layer, feature_ks, transcoder)
-    neurons = gt.sweep_units(model, prompts, layer, neuron_ks)
-    chance = [gt.sweep_units(model, prompts, layer, [k], transcoder, "random", seed) for seed in range(5)]
-    difference = {n: table.set_index("k")["probability_difference"] for n, table in (("f", features), ("n", neurons))}
+    features = sweeps.sweep(model, prompts, layer, feature_ks, transcoder)
+    neurons = sweeps.sweep(model, prompts, layer, neuron_ks)
+    chance = [sweeps.sweep(model, prompts, layer, [k], transcoder, "random", seed=seed) for seed in range(5)]
+    difference = {n: sweeps.curve(table) for n, table in (("f", features), ("n", neurons))}
     enough = difference["n"].index[difference["n"] >= difference["f"][k]]
-    share = pd.Series({n: gt.recovered(neurons, n) for n in difference["n"].index})
-    same_share = share.index[share >= gt.recovered(features, k)]
+    share = pd.Series({n: sweeps.recovered(neurons, n) for n in difference["n"].index})
+    same_share = share.index[share >= sweeps.recovered(features, k)]
     return {
         "layer": layer,
-        f"recovered_by_{k}_features": gt.recovered(features, k),
-        f"recovered_by_{k}_neurons": gt.recovered(neurons, k),
-        f"recovered_by_{k}_random_features": sum(gt.recovered(table, k) for table in chance) / len(chance),
+        f"recovered_by_{k}_features": sweeps.recovered(features, k),
+        f"recovered_by_{k}_neurons": sweeps.recovered(neurons, k),
+        f"recovered_by_{k}_random_features": sum(sweeps.recovered(table, k) for table in chance) / len(chance),
         f"neurons_with_the_difference_of_{k}_features": int(enough[0]) if len(enough) else None,
         f"neurons_with_the_recovery_of_{k}_features": int(same_share[0]) if len(same_share) else None,
         "features": {str(n): float(value) for n, value in difference["f"].items()},

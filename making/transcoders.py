@@ -1,10 +1,11 @@
 """Make the bundled transcoders, one per layer, and the report of how good they are.
 
-    python -m making.transcoders --work WORK --out data/transcoders --layers 0 --l1 0.05
-    python -m making.transcoders --work WORK --out data/transcoders --layers 1 2 --l1 0.08
+    python -m making.transcoders --work WORK --out data/transcoders
+    torchrun --nproc-per-node 2 -m making.transcoders --work WORK --out OUT    # the same weights, up to rounding
 
 WORK is the folder that `making.language_model prepare` wrote: the transcoders see the same mix of real and chronicle
-prose as the model did, and are measured on works and documents that neither saw.
+prose as the model did, and are measured on works and documents that neither saw. An interrupted run goes on if --run
+names the same folder.
 """
 
 import argparse
@@ -17,9 +18,11 @@ from torch import Tensor
 
 import tclib as tc
 from tclib import text
+from tclib.training import distributed
 
 REAL_FRACTION = 0.4  # as in the model's own training
 EVALUATION_ROWS = 400
+L1 = (0.055, 0.08, 0.1)  # by layer
 
 
 def main() -> None:
@@ -27,23 +30,49 @@ def main() -> None:
     parser.add_argument("--model", default="bundled", help="folder of the model")
     parser.add_argument("--work", type=Path, required=True, help="folder that prepare wrote")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--run", type=Path, help="folder for checkpoints")
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rows", type=int, default=16, help="rows of text per step")
+    parser.add_argument("--passes", type=int, default=3, help="how often each token is used")
     parser.add_argument("--d-features", type=int, default=2048)
-    parser.add_argument("--l1", type=float, default=0.08)
+    parser.add_argument("--l1", type=float, nargs="*", default=L1, help="one per layer")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--layers", type=int, nargs="*", help="all by default")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    with distributed.processes() as device:
+        make(options, device)
 
-    model = tc.load_model(options.model, device="cpu")
-    layers = options.layers or list(range(model.cfg.n_layers))
-    rows = mixed_rows(options.work, options.steps * options.rows, model.cfg.n_ctx, model.cfg.bos_token_id, options.seed)
-    config = tc.TrainConfig(
-        d_features=options.d_features, l1=options.l1, lr=options.lr, steps=options.steps, rows=options.rows,
-        bfloat16=True, seed=options.seed,
-    )  # fmt: skip
-    transcoders, _ = tc.train(model, rows, layers, config, progress=True)
+
+def recipe(l1: float, steps: int, **changes) -> tc.TrainConfig:
+    """What `making.ablations` found worth its place."""
+    settings = dict(
+        d_features=2048,
+        lr=2e-3,
+        rows=16,
+        buffer=16,
+        passes=3,
+        clip=1.0,
+        start_l0=64,
+        tied=True,
+        unit_norm=False,
+        pull=1.0,
+        dead_after=50_000,
+        bfloat16=True,
+    )
+    return tc.TrainConfig(l1=l1, steps=steps, **(settings | changes))
+
+
+def make(options: argparse.Namespace, device: str) -> None:
+    """Train, save and measure."""
+    model = tc.load_model(options.model, device=device)
+    common = {name: getattr(options, name) for name in ("steps", "rows", "passes", "d_features", "lr", "seed")}
+    configs = {layer: recipe(l1, **common) for layer, l1 in enumerate(options.l1)}
+    shared = configs[0]
+    count = shared.steps * shared.rows // shared.passes + shared.rows * shared.buffer  # no row twice
+    rows = mixed_rows(options.work, count, model.cfg.n_ctx, model.cfg.bos_token_id, options.seed)
+    transcoders, _ = tc.train(model, rows, list(configs), configs, progress=True, run=options.run)
+    if distributed.rank() > 0:
+        return
     for layer, transcoder in transcoders.items():
         transcoder.save(options.out / f"layer_{layer}")
     # Measured as they will be read: from the fp16 files.

@@ -1,12 +1,15 @@
 """Interventions on MLPs, their features and attention heads.
 
 Each function returns hooks ``(name, function)`` that `run` (or TransformerLens' ``model.hooks``) puts in place for
-one forward pass and always takes away again.
+one forward pass and always takes away again. Lists add up with ``+``; what is held comes before what is edited.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +20,12 @@ from tclib.activations import hook_in, hook_out
 from tclib.transcoder import Transcoder
 
 Hook = tuple[str, Callable]
+Positions = slice | int | Sequence[int]
 EVERYWHERE = slice(None)
+Held = Literal["patterns", "scales", "values", "mlps"]
+_HELD = {
+    "patterns": ".attn.hook_pattern", "scales": ".hook_scale", "values": ".attn.hook_v", "mlps": ".hook_mlp_out"
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -25,10 +33,41 @@ def run(
     model: TransformerBridge, tokens: Int[Tensor, "row pos"], hooks: Sequence[Hook]
 ) -> Float[Tensor, "row pos vocab"]:
     """Logits under the interventions; afterwards the model is as it was, also after an error."""
+    with edited(model, hooks):
+        return model(tokens)
+
+
+@contextmanager
+def edited(model: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
+    """The model under the interventions, for as many passes as wanted; afterwards it is as it was."""
     if not hooks:
-        return model(tokens)
-    with model.hooks(fwd_hooks=list(hooks)):
-        return model(tokens)
+        yield
+        return
+    with model.hooks(fwd_hooks=list(hooks)), warnings.catch_warnings():
+        # TransformerLens warns, rightly, that a held LayerNorm scale is applied again: that is the point here.
+        warnings.filterwarnings("ignore", message=".*hook_scale/hook_normalized")
+        yield
+
+
+def hold(values: Mapping[str, Tensor], what: Sequence[Held]) -> list[Hook]:
+    """What an intervention must not change: attention patterns, LayerNorm scales, attention values, MLP outputs.
+
+    They stay at ``values``, a cache of the untouched run of the same prompts (``model.run_with_cache(tokens)[1]``) or
+    of one prompt (``trace.cache``) for any number of rows of it. What is not held is free to answer.
+
+    Raises:
+        ValueError: something else to hold, or a cache without it.
+    """
+    unknown = set(what) - _HELD.keys()
+    if unknown:
+        raise ValueError(f"{sorted(unknown)} cannot be held: choose from {', '.join(_HELD)}")
+    hooks = []
+    for suffix in (_HELD[name] for name in what):
+        found = [(name, value) for name, value in values.items() if name.endswith(suffix)]
+        if not found:
+            raise ValueError(f"the cache has no {suffix[1:]}: run the model once on these prompts and keep it")
+        hooks += [(name, _keep(value)) for name, value in found]
+    return hooks
 
 
 def replace_mlp(layer: int, transcoder: Transcoder) -> list[Hook]:
@@ -52,7 +91,7 @@ def reencode_input(layer: int, sae: Transcoder) -> list[Hook]:
     return [(hook_in(layer), edit)]
 
 
-def ablate_mlp(layer: int, value: Tensor | float = 0.0, positions: slice | int = EVERYWHERE) -> list[Hook]:
+def ablate_mlp(layer: int, value: Tensor | float = 0.0, positions: Positions = EVERYWHERE) -> list[Hook]:
     """The MLP's output at ``positions`` becomes ``value``: 0, a mean ``[d_model]`` or one vector per row."""
 
     def edit(y: Float[Tensor, "row pos d_model"], hook) -> Tensor:
@@ -63,7 +102,7 @@ def ablate_mlp(layer: int, value: Tensor | float = 0.0, positions: slice | int =
     return [(hook_out(layer), edit)]
 
 
-def ablate_head(layer: int, head: int, value: Tensor | float = 0.0, positions: slice | int = EVERYWHERE) -> list[Hook]:
+def ablate_head(layer: int, head: int, value: Tensor | float = 0.0, positions: Positions = EVERYWHERE) -> list[Hook]:
     """What head ``head`` mixes (``hook_z``, before W_O) at ``positions`` becomes ``value``."""
 
     def edit(z: Float[Tensor, "row pos head d_head"], hook) -> Tensor:
@@ -79,7 +118,7 @@ def keep_features(
     transcoder: Transcoder,
     features: Sequence[int] | Int[Tensor, " kept"],
     rest: Float[Tensor, "*row d_features"] | float = 0.0,
-    positions: slice | int = EVERYWHERE,
+    positions: Positions = EVERYWHERE,
 ) -> list[Hook]:
     """The MLP is replaced by its transcoder, of which only ``features`` are live; the others are held at ``rest``.
 
@@ -102,7 +141,7 @@ def set_features(
     transcoder: Transcoder,
     features: Sequence[int] | Int[Tensor, " changed"],
     value: Tensor | float = 0.0,
-    positions: slice | int = EVERYWHERE,
+    positions: Positions = EVERYWHERE,
 ) -> list[Hook]:
     """Features take ``value`` (0 removes them); the rest of the MLP, its transcoder's error included, stays."""
     changed = _feature_mask(transcoder, features)
@@ -115,6 +154,29 @@ def set_features(
         return y
 
     return _through(layer, edit)
+
+
+def scale_features(
+    layer: int,
+    transcoder: Transcoder,
+    features: Sequence[int] | Int[Tensor, " changed"],
+    factor: Tensor | float,
+    positions: Positions = EVERYWHERE,
+) -> list[Hook]:
+    """Features fire ``factor`` times as strongly; the rest of the MLP, its transcoder's error included, stays."""
+    changed = _feature_mask(transcoder, features)
+
+    def edit(x: Tensor, y: Tensor) -> Tensor:
+        z = transcoder.encode(x[:, positions]) * changed.to(x.device)
+        y = y.clone()
+        y[:, positions] += (z * factor - z) @ transcoder.W_dec
+        return y
+
+    return _through(layer, edit)
+
+
+def _keep(value: Tensor) -> Callable:
+    return lambda now, hook: value.expand_as(now)
 
 
 def _through(layer: int, function: Callable[[Tensor, Tensor], Tensor]) -> list[Hook]:

@@ -24,8 +24,8 @@ _NORMS = {"attn_in": "blocks.{}.ln1", "mlp_in": "blocks.{}.ln2", "final": "ln_fi
 class Trace:
     """One prompt's forward pass.
 
-    ``cache`` holds the residual stream, attention patterns, values and LayerNorm scales under TransformerLens' names,
-    without the batch dimension. ``features[layer]`` are the transcoder's activations.
+    ``cache`` holds the residual stream, attention scores, patterns and values, and LayerNorm scales under
+    TransformerLens' names, without the batch dimension. ``features[layer]`` are the transcoder's activations.
     """
 
     model: TransformerBridge
@@ -161,5 +161,6 @@ def _check_fit(trace: Trace) -> None:
 def _needed(n_layers: int) -> set[str]:
     per_layer = ("ln1.hook_scale", "attn.hook_pattern", "attn.hook_v", "ln2.hook_scale", "ln2.hook_normalized")
     per_layer += ("hook_mlp_out", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+    per_layer += ("attn.hook_attn_scores", "attn.hook_cos", "attn.hook_sin")  # the last two: rotary models
     ends = {"hook_embed", "hook_pos_embed", "ln_final.hook_scale", "ln_final.hook_normalized"}
     return ends | {f"blocks.{layer}.{name}" for layer in range(n_layers) for name in per_layer}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-COMMITTED = sorted((REPO / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+COMMITTED = sorted((REPO / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
 
 Write = Callable[..., Path]
 

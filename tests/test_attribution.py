@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tclib as tc
-from tclib import attribution, frozen, targets
+from tclib import attribution, connections, frozen, targets
 from tests.tiny import make_model, make_transcoder
 
 ARCHITECTURES = [
@@ -161,7 +161,7 @@ def test_factors_multiply_to_the_contribution(models):
     assert product.to_numpy() == pytest.approx(rows["contribution"].to_numpy(), rel=1e-5, abs=1e-7)
     # The invariant factor is the same on another prompt: it comes from two weight vectors alone.
     other = make_trace(models, 2, 0, seed=2, words=3)
-    invariant = attribution.pullback(other, targets.feature(other, 2, 9), layer=0)
+    invariant = connections.pullback(other, targets.feature(other, 2, 9), layer=0)
     first = rows[rows["layer"] == 0].iloc[0]
     assert invariant[first["feature"]] == pytest.approx(first["input_invariant"], rel=1e-5)
 

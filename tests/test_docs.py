@@ -3,7 +3,7 @@
 import re
 
 import tclib as tc
-from tclib import attribution, evaluation, intervene, targets
+from tclib import attribution, connections, evaluation, factorisation, frozen, intervene, targets
 from tests.conftest import REPO
 from tests.tiny import make_model, make_transcoder
 
@@ -30,7 +30,17 @@ def test_functions_on_the_page_exist():
     for module, names in {
         targets: ("feature", "logit", "logit_difference", "head_source", "direction"),
         intervene: ("run", "replace_mlp", "reencode_input", "ablate_mlp", "ablate_head", "keep_features"),
-        attribution: ("pullback", "de_embed"),
+        connections: (
+            "pullback",
+            "de_embed",
+            "de_embed_through_mlp0",
+            "ov_connections",
+            "logit_lens",
+            "data_weighted",
+            "overlap",
+        ),
+        factorisation: ("by_features", "by_neurons", "by_sae", "terms_holding"),
+        frozen: ("self_test", "by_autograd", "freeze", "propagate"),
     }.items():
         for name in names:
             assert name in PAGE and callable(getattr(module, name))

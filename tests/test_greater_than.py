@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from making import measure
 from tclib.chronicle import BACKWARD, SPANS
-from tclib.intervene import ablate_mlp, keep_features, replace_mlp
+from tclib.intervene import ablate_mlp
 from tclib.model import load_model
 from tclib.tasks import greater_than as gt
+from tclib.tasks import sweeps
 from tests.tiny import make_transcoder
 
 BOS = "<|endoftext|>"
@@ -68,10 +71,7 @@ def prompts(tokenizer):
 def test_prompts_are_what_they_say(tokenizer, prompts):
     assert [group.shape[1] for group in prompts.groups] == [13, 14]  # BOS first
     texts = [tokenizer.decode(row[1:]).replace(" ", "") for group in prompts.groups for row in group]
-    expected = [
-        gt.TEMPLATE.format(noun=n, century=c, start=f"{c}{y:02d}").replace(" ", "")
-        for n, c, y in prompts.frame.itertuples(index=False)
-    ]
+    expected = [gt.fill(gt.TEMPLATE, n, c, y).replace(" ", "") for n, c, y in prompts.frame.itertuples(index=False)]
     assert texts == expected
     ids = gt.year_tokens(tokenizer)
     of_start = torch.cat([group[:, -5] for group in prompts.groups])
@@ -117,7 +117,9 @@ def test_unsuitable_tokenizers_are_refused(tokenizer, message):
             call(tokenizer)
 
 
-@pytest.mark.parametrize("template", ["The {noun} of {start}", "{start} to {century}", "{noun} {start}{end}{century}"])
+@pytest.mark.parametrize(
+    "template", ["The NOUN of XXYY", "XXYY to XX", "The NOUN of XXYY to XX.", "NOUN XXYY XXYY XX", "NOUN YY XXYY XX"]
+)
 def test_bad_templates_are_refused(tokenizer, template):
     with pytest.raises(ValueError, match="template .* needs"):
         gt.prompts(tokenizer, ["war"], template=template)
@@ -127,6 +129,44 @@ def test_bad_templates_are_refused(tokenizer, template):
 def test_empty_or_impossible_requests_are_refused(tokenizer, asked):
     with pytest.raises(ValueError, match="at least one noun"):
         gt.prompts(tokenizer, **{"nouns": ["war"], **asked})
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "templates.txt"
+    path.write_text(f"# mine\n{gt.TEMPLATE}\n\n{gt.BACKWARD_TEMPLATE}\n")
+    assert gt.read_templates(path) == list(TEMPLATES)
+    path.write_text("The NOUN of XXYY to XX\nThe war of XXYY to XX\n")
+    with pytest.raises(ValueError, match="'The war of XXYY to XX' needs NOUN"):
+        gt.read_templates(path)
+    path.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="holds no template"):
+        gt.read_templates(path)
+    with pytest.raises(ValueError, match="there is no prompt file"):
+        gt.read_templates(tmp_path / "absent.txt")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("kind", ["train", "heldout"])
+def test_chronicle_templates_are_templates(kind, backward):
+    found = gt.chronicle_templates(kind, backward)
+    assert found
+    for template in found:
+        gt.check_template(template)
+
+
+def test_gpt2_cannot_express_214_years():
+    """With the files of GPT-2's tokenizer in the folder named by TCLIB_GPT2_TOKENIZER."""
+    folder = os.environ.get("TCLIB_GPT2_TOKENIZER")
+    if not folder:
+        pytest.skip("set TCLIB_GPT2_TOKENIZER to a folder with GPT-2's tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    odd = {century: len(gt.check_years(tokenizer, century)) for century in range(10, 20)}
+    assert sum(odd.values()) == 214 and odd[19] == 100
+
+
+def test_repeated_nouns_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="only once"):
+        gt.prompts(tokenizer, ["war", "war"])
 
 
 # ---------------------------------------------------------------- metrics
@@ -180,6 +220,15 @@ def test_softmax_is_over_the_100_tokens_only():
     logits[:, [i for i in range(250) if i not in set(ids.tolist())]] = 50.0
     assert_close(gt.year_probabilities(logits, ids), probs)
     assert_close(probs.sum(dim=1), torch.ones(3))
+
+
+def test_mean_logit_difference_is_of_logits_not_of_probabilities():
+    logits = torch.randn(97, 100, dtype=torch.float64)
+    ours = gt.mean_logit_difference(logits.softmax(-1), YEARS)
+    by_hand = [row[y + 1 :].mean() - row[: y + 1].mean() for row, y in zip(logits, YEARS, strict=True)]
+    assert_close(ours, torch.stack(by_hand))
+    with pytest.raises(ValueError, match="up to 98"):
+        gt.mean_logit_difference(logits[:1].softmax(-1), torch.tensor([99]))
 
 
 @pytest.mark.parametrize("year", [0, 99])
@@ -272,7 +321,7 @@ def test_drops_are_full_minus_ablated(model, prompts, layer):
     for positions, where in (("last", -1), ("all", slice(None))):
         left = mean_difference(gt.run(model, prompts, ablate_mlp(layer, 0.0, where)), prompts)
         assert gt.drop_if_ablated(model, prompts, layer, "zero", positions) == pytest.approx(whole - left, abs=1e-6)
-    m0 = gt.sweep_units(model, prompts, layer, [])["probability_difference"][0]
+    m0 = sweeps.curve(sweeps.sweep(model, prompts, layer, []))[0]
     assert gt.drop_if_ablated(model, prompts, layer, "mean") == pytest.approx(whole - m0, abs=1e-5)
 
 
@@ -283,67 +332,9 @@ def test_impossible_ablations_are_refused(model, prompts):
         gt.drop_if_ablated(model, prompts, 3)
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_limits_of_the_neuron_sweep(model, prompts, layer):
-    sweep = gt.sweep_units(model, prompts, layer, [3])
-    assert sweep["k"].tolist() == [0, 3, 128]
-    assert set(sweep["kind"]) == {"neurons"}
-    full = mean_difference(gt.run(model, prompts), prompts)
-    assert sweep["probability_difference"].iloc[-1] == pytest.approx(full, abs=1e-5)
-    assert gt.recovered(sweep, 0) == 0 and gt.recovered(sweep, 128) == 1
-
-
-@pytest.mark.parametrize("skip", [False, True])
-def test_the_feature_sweep_is_what_keep_features_does(model, tokenizer, skip):
-    """k highest-variance features live, the others at their mean, computed the slow way."""
-    prompts = gt.prompts(tokenizer, ["war"], [17], range(2, 99, 8))
-    transcoder = make_transcoder(1, skip=skip)
-    sweep = gt.sweep_units(model, prompts, 1, [5], transcoder).set_index("k")["probability_difference"]
-    (x,) = gt.at_last_token(model, prompts, 1, ["blocks.1.ln2.hook_normalized"])
-    z = transcoder.encode(x)
-    best = z.var(dim=0).topk(5).indices
-    for k, kept in ((0, []), (5, best)):
-        hooks = keep_features(1, transcoder, kept, rest=z.mean(dim=0), positions=-1)
-        assert sweep[k] == pytest.approx(mean_difference(gt.run(model, prompts, hooks), prompts), abs=1e-5)
-    name, replace = replace_mlp(1, transcoder)[1]
-    remember = replace_mlp(1, transcoder)
-    everywhere = mean_difference(gt.run(model, prompts, remember), prompts)
-    assert name == "blocks.1.hook_mlp_out" and callable(replace)
-    assert everywhere != pytest.approx(sweep[64], abs=1e-6)  # other positions keep the MLP
-    values = transcoder(x)
-    at_last = mean_difference(gt.run(model, prompts, lambda rows: ablate_mlp(1, values[rows], -1)), prompts)
-    assert sweep[64] == pytest.approx(at_last, abs=1e-5)
-
-
-def test_random_order_is_seeded_and_has_the_same_limits(model, prompts):
-    transcoder = make_transcoder(2)
-    one, same = (gt.sweep_units(model, prompts, 2, [4], transcoder, "random", seed=1) for _ in range(2))
-    other = gt.sweep_units(model, prompts, 2, [4], transcoder, "random", seed=2)
-    ranked = gt.sweep_units(model, prompts, 2, [4], transcoder)
-    assert one.equals(same) and not one.equals(other)
-    assert set(one["kind"]) == {"random features"}
-    limits = [0, 2]
-    assert_close(
-        torch.tensor(one["probability_difference"].to_numpy()[limits]),
-        torch.tensor(ranked["probability_difference"].to_numpy()[limits]),
-        atol=1e-6, rtol=0,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("ks", [[-1], [129]])
-def test_more_units_than_there_are_is_refused(model, prompts, ks):
-    with pytest.raises(ValueError, match="128"):
-        gt.sweep_units(model, prompts, 0, ks)
-
-
-def test_an_unknown_order_is_refused(model, prompts):
-    with pytest.raises(ValueError, match="'variance' or 'random'"):
-        gt.sweep_units(model, prompts, 0, [1], order="size")
-
-
 def test_the_model_is_as_it_was(model, prompts):
     before = gt.run(model, prompts)
-    gt.sweep_units(model, prompts, 1, [1, 2])
+    sweeps.sweep(model, prompts, 1, [1, 2])
     gt.drop_if_ablated(model, prompts, 1)
     assert torch.equal(gt.run(model, prompts), before)
 
@@ -356,8 +347,8 @@ def test_held_out_templates_become_prompts():
     templates = measure.cut(SPANS["heldout"], "end", rng) + measure.cut(BACKWARD["heldout"], "start", rng)
     assert len(templates) == len(SPANS["heldout"]) + len(BACKWARD["heldout"])
     for template in templates:
-        filled = template.format(noun="war", start="1732", end="1757", century=17)
-        assert filled.endswith(" 17") and "{" not in filled
+        filled = gt.fill(template, "war", 17, 32)
+        assert filled.endswith(" 17") and "1732" in filled and "{" not in filled
 
 
 def test_spread_picks_evenly():

@@ -22,6 +22,12 @@ SECOND_SET: dict[str, dict[str, Any]] = {
         "rows": 32,
         "seed": 1,
     },
+    "04b_search_and_test_circuits": {
+        "prompt": "The truce was proclaimed in 1345 and abandoned in 13",
+        "later": "80",
+        "earlier": "30",
+        "seed": 1,
+    },
     "01_train_transcoders": {
         "layer": 0,
         "text": "sampled",
@@ -30,9 +36,16 @@ SECOND_SET: dict[str, dict[str, Any]] = {
         "l1": 0.1,
         "front": [0.01],
         "steps": 20,
+        "k": 8,
         "seed": 1,
     },
-    "06_greater_than": {"noun": "siege", "century": 13, "top": 2, "seed": 1},
+    "06_greater_than": {
+        "nouns": ["truce", "lease"],
+        "centuries": [13, 15, 18],
+        "century": 13,
+        "top": 2,
+        "seed": 1,
+    },
 }
 
 

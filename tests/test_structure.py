@@ -198,7 +198,3 @@ def test_core_module_is_small_and_stands_alone(path):
             parts = module.split(".")
             inside = len(parts) > 1 and parts[0] == "tclib" and parts[1] in subpackages
             assert not inside, f"{path.name} imports {module}"
-
-
-def test_core_is_small():
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in CORE) < 1_500

@@ -98,7 +98,7 @@ def test_side_by_side_is_as_alone(model, tokens, trained):
 
 
 def test_bad_input_gets_one_sentence(model, tokens):
-    with pytest.raises(ValueError, match="agree in steps, rows and seed"):
+    with pytest.raises(ValueError, match="agree in steps, rows, buffer, passes and seed"):
         configs = {"a": CONFIG, "b": CONFIG.model_copy(update={"seed": 1})}
         training.train_side_by_side(model, tokens, [0], configs)
     with pytest.raises(ValueError, match="layers 0 to 1"):

@@ -57,7 +57,7 @@ def updated(readme: str, new: str) -> str:
 
 def fresh_readme(repo: Path = REPO) -> str:
     """README.md as it should be."""
-    notebooks = sorted((repo / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    notebooks = sorted((repo / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
     return updated((repo / "README.md").read_text(encoding="utf-8"), table(notebooks))
 
 
@@ -67,7 +67,7 @@ def fresh_figure(repo: Path = REPO) -> bytes:
     Raises:
         ValueError: no notebook has drawn it.
     """
-    for path in sorted((repo / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+    for path in sorted((repo / "notebooks").glob("[0-9][0-9]*_*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if "readme-figure" in cell["metadata"].get("tags", ()):
                 for output in cell["outputs"]:

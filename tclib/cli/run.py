@@ -105,7 +105,7 @@ def literal(text: str) -> Any:
 
 def select(folder: Path, only: str | None) -> list[Path]:
     """The notebooks to run, in reading order. Raises Refused if a prefix matches none."""
-    notebooks = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    notebooks = sorted(folder.glob("[0-9][0-9]*_*.ipynb"))
     if only is None:
         if not notebooks:
             raise Refused(f"There are no notebooks in {folder}.")

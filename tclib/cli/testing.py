@@ -32,7 +32,7 @@ def execute_copies(repo: Path, parallel: list[str], env: dict[str, str]) -> int:
     copies = repo / "build" / "nbmake"
     shutil.rmtree(copies, ignore_errors=True)
     copies.mkdir(parents=True)
-    names = sorted(path.name for path in (repo / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    names = sorted(path.name for path in (repo / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
     for name in names:
         shutil.copy(repo / "notebooks" / name, copies / name)
     if not names:

@@ -7,8 +7,10 @@ two-digit tokens only (GPT2-small, "war", 1700s: probability difference 0.88), a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pandas as pd
@@ -18,12 +20,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
-from tclib.activations import check_layers, hook_in, hook_out
+from tclib.activations import check_layers, hook_out
+from tclib.chronicle import BACKWARD, SPANS
 from tclib.intervene import EVERYWHERE, Hook, ablate_mlp
-from tclib.transcoder import Transcoder
 
-TEMPLATE = "The {noun} lasted from the year {start} to the year {century}"
-BACKWARD_TEMPLATE = "The {noun} ended in the year {end}; it began in the year {century}"
+TEMPLATE = "The NOUN lasted from the year XXYY to the year XX"
+BACKWARD_TEMPLATE = "The NOUN ended in the year XXYY; it began in the year XX"
+PAPER_TEMPLATE = "The NOUN lasted from XXYY to XX"
 YEARS = range(2, 99)
 CENTURIES = range(11, 19)
 
@@ -82,6 +85,50 @@ def check_years(tokenizer: PreTrainedTokenizerBase, century: int) -> list[int]:
     return [year for year, ids in enumerate(encoded) if ids[1:] != [year_ids[year]]]
 
 
+def fill(template: str, noun: str, century: int, year: int) -> str:
+    """One prompt: ``fill(TEMPLATE, "war", 17, 32)``."""
+    text = template.replace("XXYY", f"{century}{year:02d}").replace("XX", str(century))
+    return text.replace("NOUN", noun)
+
+
+def check_template(template: str) -> None:
+    """Raise ValueError unless the template has one NOUN and one XXYY and ends in XX."""
+    marks = [template.count("NOUN"), template.count("XXYY"), template.count("XX"), template.count("YY")]
+    if marks != [1, 1, 2, 1] or not template.endswith("XX"):
+        raise ValueError(f"template {template!r} needs NOUN and XXYY once each, and must stop at XX")
+
+
+def read_templates(path: str | Path) -> list[str]:
+    """Templates of a text file, one a line; empty lines and lines that begin with # are left out.
+
+    Raises:
+        ValueError: no such file, no template in it, or a line that is not one (it is named).
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise ValueError(f"there is no prompt file {path}: give a text file with one template a line") from None
+    templates = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    for template in templates:
+        check_template(template)
+    if not templates:
+        raise ValueError(f"{path} holds no template: write one a line, for example {TEMPLATE!r}")
+    return templates
+
+
+def chronicle_templates(kind: Literal["train", "heldout"], backward: bool = False) -> list[str]:
+    """The bundled corpus' own sentences as templates: those with no other field than the noun and the two years.
+
+    ``heldout`` templates never occur in the training text.
+    """
+    first, second = ("end", "start") if backward else ("start", "end")
+    plain = [
+        t for t in (BACKWARD if backward else SPANS)[kind] if set(re.findall(r"{(.*?)}", t)) == {"noun", first, second}
+    ]
+    cut = [t.split(f"{{{second}}}")[0] + "XX" for t in plain]
+    return [t.replace("{noun}", "NOUN").replace(f"{{{first}}}", "XXYY") for t in cut]
+
+
 def prompts(
     tokenizer: PreTrainedTokenizerBase,
     nouns: Sequence[str],
@@ -92,29 +139,29 @@ def prompts(
     """Every noun in every century with every year that the tokenizer can express.
 
     Args:
-        template: has ``{noun}`` and the whole year, ``{start}`` or in backward contexts ``{end}``, and stops at
-            ``{century}``, its first two digits, after which the model answers.
+        template: has ``NOUN`` and the whole year ``XXYY``, and stops at ``XX``, after which the model answers. Whether
+            the answer must be greater or, in backward contexts, smaller is what the sentence says.
 
     Raises:
         ValueError: another template, a tokenizer that cannot express any of the years, or nothing asked for.
     """
-    slots = [slot for slot in ("start", "end") if f"{{{slot}}}" in template]
-    if len(slots) != 1 or "{noun}" not in template or not template.endswith("{century}"):
-        raise ValueError(f"template {template!r} needs {{noun}}, {{start}} or {{end}}, and must stop at {{century}}")
+    check_template(template)
     if not (len(nouns) and len(centuries) and len(years)) or min(years) < 0 or max(years) > 99:
         raise ValueError("give at least one noun, one century and one year, years between 0 and 99")
+    if any(len(set(items)) < len(items) for items in (nouns, centuries, years)):
+        raise ValueError("give each noun, century and year only once")
     if tokenizer.bos_token_id is None or not tokenizer.is_fast:
         raise ValueError("greater-than needs a fast tokenizer with a BOS token")
     year_ids = year_tokens(tokenizer).tolist()
-    before_year = template.split(f"{{{slots[0]}}}")[0]
+    before_year = template.split("XXYY")[0]
     rows = [(noun, int(century), int(year)) for noun in nouns for century in centuries for year in years]
-    texts = [template.format(noun=n, century=c, **{slots[0]: f"{c}{y:02d}"}) for n, c, y in rows]
+    texts = [fill(template, *row) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     by_length: dict[int, list] = {}
     dropped = set()
     for row, text, ids, spans in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         noun, century, year = row
-        end = len(before_year.format(noun=noun, century=century)) + 4
+        end = len(fill(before_year, noun, century, year)) + 4
         at = next((i for i, span in enumerate(spans) if span[1] == end), 0)
         split = at > 0 and ids[at] == year_ids[year] and spans[at - 1][0] <= end - 4 and spans[at - 1][1] == end - 2
         if split and spans[-1][0] <= len(text) - 2:  # the last token must be the whole century
@@ -184,6 +231,21 @@ def kl_to(full: Float[Tensor, "prompt 100"], probs: Float[Tensor, "prompt 100"])
     return (full * (full.clamp(min=tiny) / probs.clamp(min=tiny)).log()).sum(dim=-1)
 
 
+def mean_logit_difference(
+    probs: Float[Tensor, "prompt 100"], years: Int[Tensor, " prompt"]
+) -> Float[Tensor, " prompt"]:
+    """Mean logit of the numbers > YY minus mean logit of those <= YY; what all logits share cancels in log p.
+
+    Unlike the probability difference it does not saturate, and it is linear in the final residual stream once its
+    LayerNorm scale is frozen. Raises ValueError for the year 99, above which there is no number.
+    """
+    if years.max() > 98:
+        raise ValueError("the mean logit difference needs years up to 98")
+    logits = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
+    later = torch.arange(100) > years[:, None]
+    return (logits * later).sum(-1) / later.sum(-1) - (logits * ~later).sum(-1) / (~later).sum(-1)
+
+
 def behaviour_matrix(probs: Float[Tensor, "prompt 100"], years: Int[Tensor, " prompt"]) -> Float[Tensor, "year 100"]:
     """Mean answer for each YY; rows are the years that occur, rising (97 of them from 02 to 98)."""
     return torch.stack([probs[years == year].mean(dim=0) for year in years.unique()])
@@ -233,67 +295,3 @@ def drop_if_ablated(
         ablated = run(model, prompts, lambda rows: ablate_mlp(layer, mean[rows], -1))
     whole = probability_difference(run(model, prompts), prompts.years)
     return (whole - probability_difference(ablated, prompts.years)).mean().item()
-
-
-@torch.no_grad()
-def sweep_units(
-    model: TransformerBridge,
-    prompts: Prompts,
-    layer: int,
-    ks: Sequence[int],
-    transcoder: Transcoder | None = None,
-    order: Literal["variance", "random"] = "variance",
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Probability difference with k units of one MLP live at the last token, the others at their mean over YY.
-
-    Units are features, with the transcoder's output in place of the MLP's (no error term), or neurons where no
-    transcoder is given. Those whose activation varies most over YY are kept first; ``order="random"`` keeps any that
-    vary at all. (The paper has the others at zero, and at all positions.)
-
-    Returns:
-        ``k``, ``kind`` ("features", "neurons", "random features" or "random neurons"), ``probability_difference``;
-        the limits k = 0 (m0) and k = all units (m_full) are always among the rows.
-    """
-    if order not in ("variance", "random"):
-        raise ValueError(f"order is 'variance' or 'random', not {order!r}")
-    if transcoder is None:
-        units, output = at_last_token(model, prompts, layer, [f"blocks.{layer}.mlp.hook_post", hook_out(layer)])
-        weights = model.W_out[layer]
-    else:
-        (x,) = at_last_token(model, prompts, layer, [hook_in(layer)])
-        units, output, weights = transcoder.encode(x), transcoder(x), transcoder.W_dec
-    ks = sorted({0, units.shape[1], *ks})
-    if ks[0] < 0 or ks[-1] > units.shape[1]:
-        raise ValueError(f"k lies between 0 and the number of units, {units.shape[1]}: {ks}")
-    swing = units - mean_over_years(units, prompts)
-    variance = swing.square().mean(dim=0)
-    ranked = variance.argsort(descending=True)[: int((variance > 1e-12).sum())]  # the rest is rounding
-    if order == "random":
-        ranked = ranked[torch.randperm(len(ranked), generator=torch.Generator().manual_seed(seed)).to(ranked.device)]
-    probs = _rerun(model, prompts, layer, [output - swing[:, ranked[k:]] @ weights[ranked[k:]] for k in ks])
-    kind = "random " * (order == "random") + ("neurons" if transcoder is None else "features")
-    differences = [probability_difference(p, prompts.years).mean().item() for p in probs]
-    return pd.DataFrame({"k": ks, "kind": kind, "probability_difference": differences})
-
-
-def recovered(sweep: pd.DataFrame, k: int) -> float:
-    """(m_k - m0) / (m_full - m0) of a `sweep_units` table: 0 with no unit live, 1 with all; it may exceed 1."""
-    m = sweep.set_index("k")["probability_difference"]
-    return float((m[k] - m[0]) / (m.iloc[-1] - m[0]))
-
-
-def _rerun(model: TransformerBridge, prompts: Prompts, layer: int, outputs: list[Tensor]) -> list[Tensor]:
-    """Answers with each of ``outputs`` [prompt, d_model] as the MLP's output at the last token.
-
-    Earlier tokens do not see it: their keys and values are computed once.
-    """
-    logits: list[list[Tensor]] = [[] for _ in outputs]
-    for tokens, rows in prompts.batches():
-        tokens = tokens.to(model.cfg.device)
-        _, past = model(tokens[:, :-1], return_type="logits_and_cache", use_past_kv_cache=True)
-        for output, answers in zip(outputs, logits, strict=True):
-            with model.hooks(fwd_hooks=ablate_mlp(layer, output[rows], -1)):
-                answers.append(model(tokens[:, -1:], past_key_values=past)[:, -1])
-            past.crop(-1)  # forgets the last token again
-    return [year_probabilities(torch.cat(answers), year_tokens(model.tokenizer)) for answers in logits]

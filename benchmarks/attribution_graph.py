@@ -1,0 +1,251 @@
+"""All-pairs attribution graph at GPT-2-small shape, beside circuit-tracer.
+
+    python benchmarks/attribution_graph.py [--circuit-tracer-python PATH]
+
+Both sides read the same random model (12 layers, width 768, 12 heads) and 12 random transcoders (24,576 features, about
+50 active per token) and explain one prompt of 10 tokens, each in a process of its own with one thread. The measure is
+CPU time of everything after loading: forward pass, encoding, graph. Without the other Python (it needs circuit-tracer)
+that side is skipped. The last line is the headline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LAYERS, WIDTH, FEATURES, TOKENS, VOCABULARY = 12, 768, 24_576, 10, 50_257
+L0 = 50
+BATCHES = (512, 64)  # circuit-tracer's default, and the better one on a processor
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+PARAMETERS = ("W_E", "W_pos", "W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O", "W_in", "b_in", "W_out", "b_out")
+
+
+def prepare(folder: Path) -> None:
+    """Write the model, the transcoders, and the processed weights for the other side."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    import tclib as tc
+    from tclib.activations import hook_in, hook_out
+
+    torch.manual_seed(0)
+    words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"<|endoftext|>": VOCABULARY - 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), bos_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder / "model")
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=VOCABULARY - 1, eos_token_id=VOCABULARY - 1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "model")
+    processed = tc.load_model(str(folder / "model"), device="cpu")
+    weights = {name: getattr(processed, name).contiguous() for name in (*PARAMETERS, "W_U", "b_U")}
+    save_file(weights, folder / "processed.safetensors")
+    # A normalised input has length sqrt(width), so pre-activations are standard normal: the bias sets L0.
+    bias = -torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - L0 / FEATURES))
+    for layer in range(LAYERS):
+        config = tc.TranscoderConfig(
+            d_in=WIDTH, d_out=WIDTH, d_features=FEATURES, hook_in=hook_in(layer), hook_out=hook_out(layer)
+        )
+        transcoder = tc.Transcoder(config).requires_grad_(False)
+        transcoder.W_enc += torch.randn(WIDTH, FEATURES) / WIDTH**0.5
+        transcoder.W_dec += torch.randn(FEATURES, WIDTH) / WIDTH**0.5
+        transcoder.b_enc += bias
+        transcoder.b_dec += 0.1 * torch.randn(WIDTH)
+        transcoder.save(folder / "transcoders" / f"layer_{layer}")
+    words = torch.randint(VOCABULARY - 1, (TOKENS - 1,))
+    save_file({"tokens": torch.cat([torch.tensor([VOCABULARY - 1]), words])}, folder / "tokens.safetensors")
+
+
+def ours(folder: Path) -> dict:
+    """Load, measure, write the adjacency."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    import tclib as tc
+    from tclib.graph import build_graph, plan
+
+    torch.set_num_threads(1)
+    model = tc.load_model(str(folder / "model"), device="cpu")
+    transcoders = tc.load_transcoders(folder / "transcoders", device="cpu")
+    tokens = load_file(folder / "tokens.safetensors")["tokens"]
+    start = time.process_time()
+    trace = tc.trace(model, transcoders, tokens, check_fit=False)
+    traced = time.process_time() - start
+    graph = build_graph(trace)
+    seconds = time.process_time() - start
+    nodes = graph.nodes[["layer", "position", "feature"]].astype(float).fillna(-1).astype(int)
+    table = torch.tensor(nodes.to_numpy().tolist())
+    kinds = {
+        kind: torch.tensor((graph.nodes["kind"] == kind).tolist())
+        for kind in ("feature", "error", "embedding", "target")
+    }
+    save_file({"adjacency": graph.adjacency, "nodes": table, **kinds}, folder / "ours.safetensors")
+    flops = plan(trace).flops
+    return {"seconds": seconds, "trace_seconds": traced, "flops": flops, "features": int(kinds["feature"].sum())}
+
+
+def theirs(folder: Path, batch: int) -> dict:
+    """The same by circuit-tracer, in its own environment."""
+    import torch
+    from circuit_tracer.attribution.attribute import attribute
+    from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
+    from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder, TranscoderSet
+    from safetensors.torch import load_file, save_file
+    from transformer_lens import HookedTransformerConfig
+    from transformers import PreTrainedTokenizerFast
+
+    torch.set_num_threads(1)
+    config = HookedTransformerConfig(
+        n_layers=LAYERS, d_model=WIDTH, n_ctx=1024, d_head=64, n_heads=12, d_mlp=4 * WIDTH, d_vocab=VOCABULARY,
+        act_fn="gelu_new", normalization_type="LNPre", device="cpu",
+    )  # fmt: skip
+    transcoders = {}
+    for layer in range(LAYERS):
+        weights = {k: v.float() for k, v in load_file(folder / "transcoders" / f"layer_{layer}.safetensors").items()}
+        weights["W_enc"] = weights["W_enc"].T.contiguous()
+        transcoders[layer] = SingleLayerTranscoder(
+            WIDTH, FEATURES, torch.relu, layer, device=torch.device("cpu"), dtype=torch.float32
+        )
+        transcoders[layer].load_state_dict(weights)
+    model = TransformerLensReplacementModel.from_config(
+        config, TranscoderSet(transcoders, "ln2.hook_normalized", "hook_mlp_out")
+    )
+    model.load_state_dict(_their_names(load_file(folder / "processed.safetensors")), strict=False)
+    words = folder / "model" / "tokenizer.json"
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(words), bos_token="<|endoftext|>")
+    tokens = load_file(folder / "tokens.safetensors")["tokens"]
+    start = time.process_time()
+    graph = attribute(tokens, model, batch_size=batch)
+    seconds = time.process_time() - start
+    result = {"adjacency": graph.adjacency_matrix, "features": graph.active_features}
+    save_file(
+        {k: v.contiguous() for k, v in result.items()} | {"logits": graph.logit_token_ids},
+        folder / "theirs.safetensors",
+    )
+    return {"seconds": seconds, "features": len(graph.active_features)}
+
+
+def _their_names(weights: dict) -> dict:
+    places = {"W_E": "embed.W_E", "W_pos": "pos_embed.W_pos", "W_U": "unembed.old_unembed.W_U"}
+    places["b_U"] = "unembed.old_unembed.b_U"
+    named = {place: weights[name] for name, place in places.items()}
+    for name in PARAMETERS[2:]:
+        part = "mlp.old_mlp" if name.endswith(("in", "out")) else "attn"
+        named |= {f"blocks.{layer}.{part}.{name}": weights[name][layer] for layer in range(LAYERS)}
+    return named
+
+
+def compare(folder: Path) -> tuple[float, int]:
+    """Largest |difference| over the nodes both graphs have, relative to the largest |effect|; nodes only one has.
+
+    circuit-tracer leaves out the features and errors of position 0, biases and position embeddings.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    a, b = load_file(folder / "ours.safetensors"), load_file(folder / "theirs.safetensors")
+    mine = {tuple(a["nodes"][i].tolist()): i for i in a["feature"].nonzero().squeeze(-1).tolist()}
+    other = {tuple(key): i for i, key in enumerate(b["features"].tolist())}
+    shared = sorted(mine.keys() & other.keys())
+    only_one = len(other.keys() - mine.keys()) + sum(key[1] > 0 for key in mine.keys() - other.keys())
+    errors = a["error"].nonzero().squeeze(-1)[torch.arange(LAYERS * TOKENS) % TOKENS > 0]
+    their_errors = torch.arange(LAYERS * TOKENS)[torch.arange(LAYERS * TOKENS) % TOKENS > 0] + len(other)
+    n_logits = len(b["logits"])
+    their_rest = torch.arange(TOKENS) + len(other) + LAYERS * TOKENS
+    targets = a["target"].nonzero().squeeze(-1)
+    their_targets = torch.arange(len(b["adjacency"]))[-n_logits:]
+    features, their_features = torch.tensor([mine[k] for k in shared]), torch.tensor([other[k] for k in shared])
+    columns = torch.cat([features, errors, a["embedding"].nonzero().squeeze(-1)])
+    x = a["adjacency"][torch.cat([features, targets])][:, columns]
+    y = b["adjacency"][torch.cat([their_features, their_targets])][
+        :, torch.cat([their_features, their_errors, their_rest])
+    ]
+    return ((x - y).abs().max() / y.abs().max()).item(), only_one
+
+
+def run(python: str, *arguments: str) -> dict:
+    """One side in a process of its own; its last line is its result."""
+    environment = {**os.environ, **ONE_THREAD}
+    # The file goes in by path, not its folder's neighbours: the other environment has no tclib.
+    done = subprocess.run([python, __file__, *arguments], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def processor() -> str:
+    """Its name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--circuit-tracer-python", default=os.environ.get("CIRCUIT_TRACER_PYTHON"))
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="where to keep the inputs (1 GB); a temporary folder by default")
+    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        jobs = {"prepare": prepare, "ours": ours, "theirs": lambda folder: theirs(folder, options.batch)}
+        result = jobs[options.side](options.folder) or {}
+        result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        if not (folder / "tokens.safetensors").is_file():
+            run(sys.executable, "--side", "prepare", "--folder", str(folder))
+        report(folder, options.circuit_tracer_python)
+
+
+def report(folder: Path, peer: str | None) -> None:
+    """Run both sides and print what they took."""
+    print(f"processor: {processor()}, one thread, CPU seconds after loading; peak memory of the whole process")
+    mine = run(sys.executable, "--side", "ours", "--folder", str(folder))
+    rate = mine["flops"] / (mine["seconds"] - mine["trace_seconds"]) / 1e9
+    print(
+        f"tclib: {mine['features']} features (position 0 included), {mine['seconds']:.2f} s, {mine['peak_gb']:.2f} GB"
+    )
+    print(f"tclib: of that the forward pass {mine['trace_seconds']:.2f} s; the graph at {rate:.0f} GFLOP/s")
+    if peer is None:
+        print("circuit-tracer: skipped, name its Python with --circuit-tracer-python")
+        print(
+            f"headline: all-pairs graph in {mine['seconds']:.2f} s of CPU and {mine['peak_gb']:.2f} GB; no peer was run"
+        )
+        return
+    seconds = {}
+    for batch in BATCHES:
+        other = run(peer, "--side", "theirs", "--folder", str(folder), "--batch", str(batch))
+        seconds[batch] = other["seconds"]
+        ratio = other["seconds"] / mine["seconds"]
+        print(f"circuit-tracer, batch {batch}: {other['features']} features (position 0 left out), "
+              f"{other['seconds']:.2f} s ({ratio:.1f}x), {other['peak_gb']:.2f} GB")  # fmt: skip
+    difference, only_one = compare(folder)
+    print(f"same adjacency to {difference:.1e} of its largest effect; {only_one} features active on one side only")
+    best = min(seconds.values()) / mine["seconds"]
+    print(
+        f"headline: {best:.1f}x circuit-tracer's better batch size, {seconds[512] / mine['seconds']:.1f}x its default, "
+        f"same adjacency to {difference:.0e}, {mine['peak_gb']:.2f} GB"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Training of transcoders and SAEs: every architecture, several layers and configurations from one stream."""
+
+from tclib.training.cache import ActivationCache, cache_activations
+from tclib.training.config import PAPER, TrainConfig
+from tclib.training.loop import train, train_side_by_side
+from tclib.training.watch import LiveFigure, TensorBoard
+
+__all__ = [
+    "PAPER",
+    "ActivationCache",
+    "LiveFigure",
+    "TensorBoard",
+    "TrainConfig",
+    "cache_activations",
+    "train",
+    "train_side_by_side",
+]

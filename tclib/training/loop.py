@@ -1,0 +1,233 @@
+"""The loop: batches from the stream, one step per student, checkpoints, and what is said when something goes wrong."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from tclib.activations import check_layers
+from tclib.training import distributed
+from tclib.training.cache import ActivationCache
+from tclib.training.config import STREAM, TrainConfig
+from tclib.training.files import RunFolder, text_hash
+from tclib.training.stream import Acts, ModelSource, Stream
+from tclib.training.student import Student
+from tclib.transcoder import Transcoder
+
+Text = Int[Tensor, "row pos"] | ActivationCache
+Settings = TrainConfig | Mapping[int, TrainConfig]  # one for all layers, or one per layer
+Watch = Callable[[list[dict]], None]
+DIVERGED = 1e4  # FVU; always answering with the mean scores 1
+RECORDS = 100  # about so many per run
+
+
+def train(
+    model: TransformerBridge,
+    tokens: Text,
+    layers: Sequence[int],
+    config: Settings,
+    progress: bool = False,
+    run: str | Path | None = None,
+    watch: Watch | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> tuple[dict[int, Transcoder], pd.DataFrame]:
+    """Train one transcoder (or SAE) per layer on the same stream of text.
+
+    Minimises ``||y - TC(x)||^2 / Var(y) + penalty`` (equation 2 for ReLU; `TrainConfig` lists the others), with the
+    target scaled to unit variance and decoder rows of unit length, so that z measures what is written.
+
+    Args:
+        model: a processed model; only its activations are read.
+        tokens: text, or an `ActivationCache`; rows are drawn in a seeded random order, again and again if the steps
+            outlast them.
+        layers: which MLPs.
+        config: architecture, sizes, penalty, schedule, seed; one for all layers, or a dictionary by layer.
+        progress: show a bar.
+        run: a folder for checkpoints and log. The same call with the same folder goes on where it was interrupted, and
+            ends with the same weights, bit for bit on the same CPU, as if it had not been. Ctrl-C ends the current
+            step, writes a checkpoint and raises KeyboardInterrupt.
+        watch: called with the records of a step about 100 times, see `tclib.training.watch`.
+        checkpoint_seconds: time between checkpoints.
+
+    Returns:
+        The transcoders by layer, and a table (step, layer, loss, fvu, l0, dead) with about 100 rows per layer.
+
+    Raises:
+        ValueError: text, layers or folder that do not fit; activations that are not finite, or a training that
+            diverges (step, cause and last checkpoint are named); too little memory (the number of rows that fits is
+            named).
+    """
+    transcoders, history = train_side_by_side(
+        model, tokens, layers, {"": config}, progress, run, watch, checkpoint_seconds
+    )
+    return transcoders[""], history.drop(columns="name")
+
+
+def train_side_by_side(
+    model: TransformerBridge,
+    tokens: Text,
+    layers: Sequence[int],
+    configs: Mapping[str, Settings],
+    progress: bool = False,
+    run: str | Path | None = None,
+    watch: Watch | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> tuple[dict[str, dict[int, Transcoder]], pd.DataFrame]:
+    """Several trainings on one stream, for comparisons: each sees the same text in the same order.
+
+    Returns:
+        The transcoders by name and layer, and the table of `train` with the name in front.
+
+    Raises:
+        ValueError: as `train`; or configurations that differ in steps, rows, buffer, passes or seed.
+    """
+    _check(model, tokens, layers)
+    settings = {(n, i): c if isinstance(c, TrainConfig) else c[i] for n, c in configs.items() for i in layers}
+    config = _shared(settings.values())
+    stream = Stream(tokens if isinstance(tokens, ActivationCache) else ModelSource(model, tokens, layers), config)
+    sample = stream.sample()
+    _check_finite(sample, "in the first rows")
+    students = {(name, i): Student(i, *sample[i], c) for (name, i), c in settings.items()}
+    named = {f"{name}/{layer}": student for (name, layer), student in students.items()}
+    folder = RunFolder(run, _about(tokens, layers, settings), checkpoint_seconds) if run else None
+    first, records = 0, []
+    if folder:
+        first = folder.restore(named)
+        records = folder.records(first)
+        folder.start(named)
+    every, started = max(1, config.steps // RECORDS), time.monotonic()
+    quiet = not progress or distributed.rank() > 0
+    bar = tqdm(range(first, config.steps), "training", config.steps, disable=quiet, unit="step", initial=first)
+    with _interruption(folder) as interrupted:
+        for step in bar:
+            batch = stream.batch(step)
+            rows = []
+            for (name, layer), student in students.items():
+                row = _step(student, batch, layer, step, folder)
+                rows.append({"name": name, "step": step, "layer": layer, **row})
+            if step % every == 0 or step == config.steps - 1:
+                done = (step + 1 - first) * config.rows * stream.source.row_length
+                rows = [row | {"speed": done / (time.monotonic() - started)} for row in rows]
+                records += rows
+                if folder:
+                    for row in rows:
+                        folder.log(row)
+                if watch and distributed.rank() == 0:
+                    watch(rows)
+            stop = interrupted()
+            if folder and (stop or folder.due() or step == config.steps - 1):
+                folder.save(step + 1, named)
+            if stop:
+                raise KeyboardInterrupt(f"stopped after step {step}: the same call goes on from {folder.last()}")
+    finished = {name: {layer: students[name, layer].finished() for layer in layers} for name in configs}
+    columns = ["name", "step", "layer", "loss", "fvu", "l0", "dead"]
+    return finished, pd.DataFrame(records, columns=columns)
+
+
+def _step(student: Student, batch: Acts, layer: int, step: int, folder: RunFolder | None) -> dict[str, float]:
+    try:
+        row = student.step(*batch[layer], step)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_memory(error):
+            raise
+        raise ValueError(_rows_that_fit(student, batch[layer])) from error
+    if not row["fvu"] < DIVERGED or not row["loss"] < float("inf"):
+        _check_finite(batch, f"at step {step}")
+        saved = f"; the last good checkpoint is {folder.last()}" if folder else ""
+        raise ValueError(
+            f"training diverged at step {step} in layer {layer}: lower lr ({student.config.lr}) or set clip{saved}"
+        )
+    return row
+
+
+def _shared(settings: Collection[TrainConfig]) -> TrainConfig:
+    """One configuration of those that read the same stream."""
+    if len({tuple(getattr(c, field) for field in STREAM) for c in settings}) != 1:
+        raise ValueError("trainings side by side must agree in " + ", ".join(STREAM[:-1]) + f" and {STREAM[-1]}")
+    return next(iter(settings))
+
+
+def _check(model: TransformerBridge, tokens: Text, layers: Sequence[int]) -> None:
+    check_layers(model, layers)
+    if isinstance(tokens, ActivationCache):
+        if not set(layers) <= set(tokens.layers):
+            raise ValueError(f"the cache holds layers {tokens.layers}, not all of {list(layers)}")
+    elif tokens.dim() != 2 or tokens.shape[1] > model.cfg.n_ctx:
+        raise ValueError(f"the text must be rows of at most {model.cfg.n_ctx} tokens, not {tuple(tokens.shape)}")
+    elif tokens.numel() and int(tokens.max()) >= model.cfg.d_vocab:
+        raise ValueError(f"the text has token {int(tokens.max())}, but the model knows {model.cfg.d_vocab}")
+
+
+def _check_finite(acts: Acts, when: str) -> None:
+    for layer, pair in acts.items():
+        if not all(torch.isfinite(t).all() for t in pair):
+            raise ValueError(
+                f"the activations of layer {layer} are not finite {when}: look at the model's weights and precision"
+            )
+
+
+def _about(tokens: Text, layers: Sequence[int], settings: Mapping[tuple[str, int], TrainConfig]) -> dict:
+    text = tokens.text if isinstance(tokens, ActivationCache) else text_hash(tokens)
+    shown = {f"{name} layer {i}".strip(): c.model_dump() for (name, i), c in settings.items()}
+    return {"layers": list(layers), "text": text, "settings": shown}
+
+
+def _is_memory(error: Exception) -> bool:
+    says = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(s in str(error).lower() for s in says)
+
+
+def _rows_that_fit(student: Student, pair: tuple[Tensor, Tensor]) -> str:
+    """Try halves of the batch until forward and backward fit."""
+    student.adam.zero_grad()
+    rows = student.config.rows
+    while rows > 1:
+        rows //= 2
+        count = len(pair[0]) * rows // student.config.rows
+        try:
+            student.gradients(*student.scaled(pair[0][:count], pair[1][:count]))
+        except (RuntimeError, MemoryError) as error:
+            if not _is_memory(error):
+                raise
+            continue
+        return f"rows = {student.config.rows} does not fit into memory, but rows = {rows} does: lower it"
+    return f"not even one row fits into memory with {student.config.d_features} features: train fewer at a time"
+
+
+@contextmanager
+def _interruption(folder: RunFolder | None) -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether someone asked to stop, in any process. A second request stops at once."""
+    if folder is None or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = []
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    def check() -> bool:
+        if distributed.world() == 1:
+            return bool(asked)
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        return bool(distributed.total(torch.tensor(len(asked), device=device)))
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,105 @@
+"""The stream of training tokens: all layers from one forward pass, shuffled, the same whenever it is read again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from tclib.activations import mlp_activations
+from tclib.training import distributed
+from tclib.training.config import TrainConfig
+
+Acts = dict[int, tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"]]]
+FORWARD_ROWS = 16  # rows of one forward pass: a constant, since the last bits may depend on it
+
+
+class Source(Protocol):
+    """Rows of text whose activations can be read in any order."""
+
+    n_rows: int
+    row_length: int
+
+    def read(self, rows: Int[np.ndarray, " row"]) -> Acts:
+        """Inputs and outputs of the MLPs of every layer, one token per line."""
+
+
+class ModelSource:
+    """Activations computed by the model when they are needed."""
+
+    def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "row pos"], layers: Sequence[int]):
+        self.model, self.tokens, self.layers = model, tokens, list(layers)
+        self.n_rows, self.row_length = tokens.shape
+
+    def read(self, rows: Int[np.ndarray, " row"]) -> Acts:
+        parts = list(mlp_activations(self.model, self.tokens[torch.from_numpy(rows)], self.layers, FORWARD_ROWS))
+        return {
+            layer: tuple(torch.cat([getattr(p[layer], name).flatten(0, 1) for p in parts]) for name in ("x", "y"))
+            for layer in self.layers
+        }
+
+
+class Stream:
+    """Batch ``step`` is a function of (seed, step) alone, so a run that resumes needs no state of the stream.
+
+    A buffer holds the activations of ``rows * buffer`` rows, drawn without replacement; each batch is a random
+    ``1 / buffer`` of its tokens, and the buffer is used ``passes`` times before the next one. See `mixing`.
+
+    Raises:
+        ValueError: the text does not fill one buffer, or cannot be divided among the processes.
+    """
+
+    def __init__(self, source: Source, config: TrainConfig):
+        self.source, self.config = source, config
+        self.rows = config.rows * config.buffer
+        self.buffers = source.n_rows // self.rows
+        self.loaded: tuple[int, Acts] | None = None
+        if self.buffers == 0:
+            raise ValueError(
+                f"the text has {source.n_rows} rows of {source.row_length} tokens, fewer than one buffer "
+                f"({config.rows} rows x {config.buffer}): give more text, or lower rows or buffer"
+            )
+        if config.rows % distributed.world():
+            raise ValueError(f"rows = {config.rows} cannot be divided among {distributed.world()} processes")
+
+    def sample(self) -> Acts:
+        """One buffer of the first rows, from which means, scales and biases are set."""
+        return self._read(np.arange(self.rows))
+
+    def batch(self, step: int) -> Acts:
+        """This process's share of the batch."""
+        c = self.config
+        index, place = divmod(step, c.buffer * c.passes)
+        if self.loaded is None or self.loaded[0] != index:
+            self.loaded = index, self._read(self._buffer_rows(index))
+        acts = self.loaded[1]
+        if c.buffer == 1:
+            return {layer: tuple(distributed.share(t) for t in pair) for layer, pair in acts.items()}
+        use, part = divmod(place, c.buffer)
+        order = np.random.default_rng([c.seed, 1, index, use]).permutation(self.rows * self.source.row_length)
+        chosen = torch.from_numpy(distributed.share(order.reshape(c.buffer, -1)[part]))
+        return {layer: tuple(t[chosen.to(t.device)] for t in pair) for layer, pair in acts.items()}
+
+    def _buffer_rows(self, index: int) -> Int[np.ndarray, " row"]:
+        epoch, place = divmod(index, self.buffers)
+        order = np.random.default_rng([self.config.seed, 0, epoch]).permutation(self.source.n_rows)
+        return order[place * self.rows : (place + 1) * self.rows]
+
+    def _read(self, rows: Int[np.ndarray, " row"]) -> Acts:
+        # Each process computes its share of the rows. Gathering them costs less than one step's gradients, and makes
+        # the batches the same for any number of processes.
+        acts = self.source.read(distributed.share(rows))
+        return {layer: tuple(distributed.gathered(t) for t in pair) for layer, pair in acts.items()}
+
+
+def mixing(config: TrainConfig, row_length: int) -> float:
+    """Probability that two tokens of one batch come from the same row of text: 0 would be perfect mixing.
+
+    ``(row_length - 1) / (rows * buffer * row_length - 1)``, since a batch is a uniform draw from its buffer.
+    """
+    return (row_length - 1) / (config.rows * config.buffer * row_length - 1)

@@ -1,0 +1,206 @@
+"""The plain training step: dense, by autograd, with nothing clever in it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tclib.activations import hook_in, hook_out
+from tclib.training import distributed
+from tclib.training.architectures import activate, auxiliary, batch_threshold, penalty
+from tclib.training.config import TrainConfig
+from tclib.transcoder import Transcoder, TranscoderConfig
+
+SMOOTHING = 0.9  # of the running mean that becomes BatchTopK's threshold
+
+
+def rates(config: TrainConfig, step: int) -> tuple[float, float]:
+    """Learning rate and ramp of the penalty at a step, as fractions of their full values."""
+    done = step / config.steps
+    lr = min(1.0, (done + 1 / config.steps) / max(config.warmup, 1e-9), (1 - done) / max(config.decay, 1e-9))
+    return lr, min(1.0, done / max(config.ramp, 1e-9))
+
+
+class Student:
+    """One transcoder in training, in scaled space: inputs of unit variance per coordinate, outputs of unit norm.
+
+    Its precision and device are those of the activations. Under several processes each sees its share of a batch, and
+    sums of gradients, counts and norms run over all of them.
+    """
+
+    def __init__(
+        self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"], config: TrainConfig
+    ):
+        x, y = self._pair(x, y, config)
+        self.config = config
+        self.measure_scales(x, y)
+        hooks = {
+            "transcoder": (hook_in(layer), hook_out(layer)),
+            "sae_in": (hook_in(layer),) * 2,
+            "sae_out": (hook_out(layer),) * 2,
+        }[config.kind]
+        self.transcoder = Transcoder(
+            TranscoderConfig(
+                d_in=x.shape[-1],
+                d_out=y.shape[-1],
+                d_features=config.d_features,
+                hook_in=hooks[0],
+                hook_out=hooks[1],
+                activation=config.activation,
+                k=config.k,
+                skip=config.skip,
+                training=config.model_dump(),
+            )
+        ).to(x)
+        self.silent = torch.zeros(config.d_features, dtype=torch.int64, device=x.device)  # tokens since a feature fired
+        self.initialise((x - self.x_mean) / self.x_scale)
+        learning = [p for p in self.transcoder.parameters() if p.requires_grad]
+        self.adam = torch.optim.Adam(learning, lr=config.lr, fused=True)
+
+    def measure_scales(self, x: Tensor, y: Tensor) -> None:
+        self.x_mean, self.y_mean = x.mean(0), y.mean(0)
+        self.x_scale = (x - self.x_mean).pow(2).mean().sqrt()
+        self.y_scale = (y - self.y_mean).pow(2).sum(-1).mean().sqrt()
+
+    @torch.no_grad()
+    def initialise(self, x: Float[Tensor, "token d_in"]) -> None:
+        t, c = self.transcoder, self.config
+        generator = torch.Generator().manual_seed(c.seed)
+        t.W_dec.copy_(torch.randn(t.W_dec.shape, generator=generator))
+        t.W_dec /= t.W_dec.norm(dim=1, keepdim=True)
+        t.W_enc.copy_(torch.randn(t.W_enc.shape, generator=generator) / math.sqrt(x.shape[-1] * c.d_features))
+        if c.tied:
+            t.W_enc.copy_(t.W_dec.T / math.sqrt(c.d_features))
+        if c.start_l0 is not None:
+            pre = t.pre_activations(x[:4096])
+            rank = max(1, round(len(pre) * (1 - c.start_l0 / c.d_features)))
+            t.b_enc -= pre.kthvalue(rank, dim=0).values
+        if c.activation == "jumprelu":
+            t.threshold.fill_(c.bandwidth)
+        if c.activation == "batchtopk":
+            t.threshold.requires_grad_(False)  # follows the batches
+
+    def step(self, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"], step: int) -> dict[str, float]:
+        """Learn from this process's share of a batch; loss, FVU, L0 and dead fraction of the whole batch."""
+        t, c = self.transcoder, self.config
+        x, y = self.scaled(x, y)
+        lr, ramp = rates(c, step)
+        self.adam.param_groups[0]["lr"] = c.lr * lr
+        n = len(x) * distributed.world()
+        sums, z = self.gradients(x, y, ramp)
+        with torch.no_grad():
+            self.update()
+            if c.activation == "batchtopk":
+                smallest = batch_threshold(z, c.k).to(t.threshold)
+                t.threshold.lerp_(smallest, 1.0 if step == 0 else 1 - SMOOTHING)
+            fired = distributed.total((z > 0).any(0).to(torch.int64)) > 0
+            self.silent = torch.where(fired, 0, self.silent + n)
+            loss, error, active = (distributed.total(torch.stack(sums).detach()) / n).tolist()
+        return {"loss": loss, "fvu": error, "l0": active, "dead": self.dead().double().mean().item()}
+
+    def gradients(self, x: Tensor, y: Tensor, ramp: float = 1.0) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """Fill ``grad`` with the gradients of the mean loss over the scaled tokens of all processes.
+
+        Returns:
+            Loss, squared error and active features, each summed over this process's tokens; and the activations.
+        """
+        t, c = self.transcoder, self.config
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=c.bfloat16):
+            pre = t.pre_activations(x)
+            z = activate(t, pre, c)
+            error = y - t.decode(z, x).to(y.dtype)
+        squared = error.pow(2).sum()
+        loss = squared + ramp * self.price(z, pre) + self.revival(pre, error.detach())
+        self.adam.zero_grad()
+        (loss / (len(x) * distributed.world())).backward()
+        for p in self.adam.param_groups[0]["params"]:
+            distributed.total(p.grad)
+        return (loss.detach(), squared.detach(), (z > 0).sum().to(y.dtype)), z.detach()
+
+    def price(self, z: Tensor, pre: Tensor) -> Float[Tensor, ""]:
+        """What the architecture charges at the full price, summed over tokens."""
+        if self.config.activation == "relu" and not self.config.unit_norm:
+            z = z * self.transcoder.W_dec.norm(dim=1)
+        return penalty(z, pre, self.transcoder, self.config)
+
+    def revival(self, pre: Tensor, error: Tensor) -> Float[Tensor, ""] | float:
+        """What brings dead features back: aux-k for TopK and BatchTopK, nothing for the others."""
+        c, dead = self.config, self.dead()
+        if c.activation not in ("topk", "batchtopk") or not c.aux or not dead.any():
+            return 0.0
+        return c.aux * auxiliary(self.transcoder, pre, error, dead)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """From gradients to new weights."""
+        learning = self.adam.param_groups[0]["params"]
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(learning, self.config.clip)
+        self.adam.step()
+        self.constrain()
+
+    def constrain(self) -> None:
+        """Decoder rows of unit length, so that z measures what is written; thresholds of at least 0; dead features
+        pulled up until they fire and have a gradient again (after Conerly et al. 2025)."""
+        t, c = self.transcoder, self.config
+        if c.unit_norm:
+            t.W_dec /= t.W_dec.norm(dim=1, keepdim=True)
+        if c.activation == "jumprelu":
+            t.threshold.clamp_(min=0)
+        if c.pull:
+            t.b_enc += c.pull * self.adam.param_groups[0]["lr"] * self.dead()
+
+    def dead(self) -> Bool[Tensor, " d_features"]:
+        """Features that have not fired for `TrainConfig.dead_after` tokens."""
+        return self.silent >= self.config.dead_after
+
+    def _pair(self, x: Tensor, y: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
+        return {"transcoder": (x, y), "sae_in": (x, x), "sae_out": (y, y)}[config.kind]
+
+    def scaled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = self._pair(x, y, self.config)
+        return (x - self.x_mean) / self.x_scale, (y - self.y_mean) / self.y_scale
+
+    @torch.no_grad()
+    def finished(self) -> Transcoder:
+        """Fold scaling and row lengths into the weights: the result reads and writes the model's own activations."""
+        t = self.transcoder
+        length = t.W_dec.norm(dim=1)
+        for reads in (t.W_enc, t.b_enc) if t.threshold is None else (t.W_enc, t.b_enc, t.threshold):
+            reads *= length
+        t.W_dec /= length[:, None]
+        t.W_enc *= self.y_scale / self.x_scale
+        t.b_enc.copy_(t.b_enc * self.y_scale - self.x_mean @ t.W_enc)
+        t.b_dec.copy_(t.b_dec * self.y_scale + self.y_mean)
+        if t.threshold is not None:
+            t.threshold *= self.y_scale
+        if t.W_skip is not None:
+            t.W_skip *= self.y_scale / self.x_scale
+            t.b_dec -= self.x_mean @ t.W_skip
+        return t.eval().requires_grad_(False)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, by name."""
+        tensors = {f"weight.{name}": p.detach() for name, p in self.transcoder.named_parameters()}
+        for name, p in self.transcoder.named_parameters():
+            tensors |= {f"adam.{name}.{key}": value for key, value in self.adam.state.get(p, {}).items()}
+        return tensors | {f"scale.{name}": getattr(self, name) for name in SCALES} | {"silent": self.silent}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave."""
+        for name, p in self.transcoder.named_parameters():
+            p.copy_(tensors[f"weight.{name}"])
+            prefix = f"adam.{name}."
+            state = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
+            if state:
+                self.adam.state[p] = {k: v if k == "step" else v.to(p) for k, v in state.items()}
+        for name in SCALES:
+            setattr(self, name, tensors[f"scale.{name}"].to(self.x_mean))
+        self.silent = tensors["silent"].to(self.silent)
+
+
+SCALES = ("x_mean", "y_mean", "x_scale", "y_scale")
