@@ -90,30 +90,6 @@ def check_balance(table: pd.DataFrame, tolerance: float = 1e-5) -> None:
         )
 
 
-@torch.no_grad()
-def pullback(trace: Trace, target: Target, layer: int) -> pd.Series:
-    """The input-invariant factor of every feature of an earlier layer, active or not: ``W_dec (centred reader)``.
-
-    Returns:
-        A Series by feature index, largest first.
-    """
-    transcoder = trace.transcoders[trace.layer(layer, with_transcoder=True)]
-    factors = transcoder.W_dec @ (target.reader - target.reader.mean())
-    return pd.Series(factors.cpu().numpy(), name="input_invariant").sort_values(ascending=False)
-
-
-@torch.no_grad()
-def de_embed(trace: Trace, target: Target) -> pd.Series:
-    """Which vocabulary tokens drive a target on the direct path: ``W_E (centred reader)`` (paper, section 4.2).
-
-    Returns:
-        A Series by token string, largest first.
-    """
-    scores = trace.model.W_E @ (target.reader - target.reader.mean())
-    names = [trace.model.tokenizer.decode([i]) for i in range(len(scores))]
-    return pd.Series(scores.cpu().numpy(), index=names, name="de_embedding").sort_values(ascending=False)
-
-
 def _row(kind: str, position: int, contribution: Tensor | float, **columns) -> dict:
     return {"kind": kind, "position": position, "contribution": float(contribution), **columns}
 

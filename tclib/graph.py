@@ -80,13 +80,14 @@ def plan(trace: Trace, max_features: int | None = None, targets: int = 10) -> Pl
     nodes = rows + others + (rows < features) + targets
     width, size = features + others, trace.logits.element_size()
     matrices = nodes**2 + (2 * (rows + targets) * width if rows < features else 0)
-    decoder = features * cfg.d_model
+    vectors = 2 * features * cfg.d_model + 4 * cfg.n_layers * cfg.d_model * cfg.n_heads * cfg.d_head
     chunk = 6 * min(CHUNK, rows + targets) * pos * cfg.d_model
-    # Attention's first step happens at one position, all further ones at every position that can be seen.
-    steps = sum(int((n * (1 + layer * torch.arange(1, pos + 1).to(n))).sum()) for layer, n in by_layer.items())
+    # Attention's first step happens at one position, further ones at every position that can be seen, the last by half.
+    further = torch.arange(1, pos + 1)
+    steps = sum(int((n * (1 + max(layer - 0.5, 0) * further.to(n))).sum()) for layer, n in by_layer.items())
     steps = steps * rows // max(features, 1) + targets * pos * cfg.n_layers
     flops = steps * 4 * cfg.d_model * cfg.n_heads * cfg.d_head + width * (rows + targets) * cfg.d_model // 2
-    return Plan(features, rows, nodes, size * (matrices + 2 * decoder + chunk), flops)
+    return Plan(features, rows, nodes, size * (matrices + vectors + chunk), flops)
 
 
 def salient_logits(trace: Trace, position: int = -1, mass: float = 0.95, most: int = 10) -> list[tuple[Target, float]]:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import OPTConfig, OPTForCausalLM
 
 import tclib as tc
 from tclib import text
@@ -118,10 +118,10 @@ def test_a_damaged_model_gets_one_sentence(tmp_path):
 
 
 def test_another_architecture_gets_one_sentence(tmp_path):
-    config = GPTNeoXConfig(
-        vocab_size=41, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    config = OPTConfig(
+        vocab_size=41, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=16
     )
     make_model(tmp_path, layers=1, d_model=16, heads=2)  # for its tokenizer
-    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="only GPT-2-style blocks are supported"):
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="only GPT-2 and GPT-NeoX blocks are supported"):
         tc.load_model(str(tmp_path), device="cpu")
