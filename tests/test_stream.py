@@ -1,5 +1,7 @@
 """The stream of training tokens: shuffled as stated, paired, repeatable, the same from disk."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -147,9 +149,7 @@ class Handle:
 
 
 def test_tensorboard_is_written_or_asked_for(tmp_path):
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("tensorboard") is None:
         with pytest.raises(ValueError, match="TensorBoard is not installed"):
             training.TensorBoard(tmp_path)
         return
