@@ -154,7 +154,7 @@ def score_target(trace: Trace, layer: int, head: int, destination: int, source: 
     "query": the number of `score_terms`, read at the destination. "key": the score itself, read at the source.
     """
     destination, source = _pair(trace, layer, head, destination, source)
-    seen = torch.arange(destination + 1, device=trace.logits.device)
+    seen = torch.arange(destination + 1, device=trace.like.device)
     name = f"{side} of head {layer}.{head} from {destination} to {source}"
     if side == "key":
         query = read(trace, layer, head, "query", seen[-1:])[0] * score_scale(trace, layer)

@@ -43,7 +43,7 @@ class Bounds:
 
 def _inner_norms(graph: PromptGraph, readers: Tensor, before: int) -> Float[Tensor, "state layer head"]:
     """``|W_O reader|`` of each head."""
-    return torch.einsum("lhde,ne->nlhd", graph.W_O[:before], readers).norm(dim=-1)
+    return torch.stack([torch.einsum("hde,ne->nhd", W_O, readers).norm(dim=-1) for W_O in graph.W_O[:before]], 1)
 
 
 @torch.no_grad()
@@ -71,7 +71,8 @@ def _joint_norms(graph: PromptGraph, layer: int) -> Float[Tensor, "head before s
     """How much longer each head's reader can become on its way into each earlier head, at LayerNorm scale 1."""
     into = graph.W_V[layer] * graph.trace.gain("attn_in", layer)[0][:, None]
     into = into - into.mean(1, keepdim=True)
-    return torch.linalg.matrix_norm(torch.einsum("lgde,hec->hlgdc", graph.W_O[:layer], into), 2)
+    through = [torch.einsum("gde,hec->hgdc", W_O, into) for W_O in graph.W_O[:layer]]
+    return torch.stack([torch.linalg.matrix_norm(both, 2) for both in through], 1) if layer else into[:, :0, 0]
 
 
 def _reach(bounds: Bounds, joint: Tensor, layer: int, position: int, ends_anywhere: bool) -> Float[Tensor, " head"]:

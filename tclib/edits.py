@@ -138,7 +138,7 @@ def _checked(trace: Trace, edits: pd.DataFrame) -> pd.DataFrame:
 
 
 def _old(trace: Trace, edits: pd.DataFrame) -> Float[Tensor, " edit"]:
-    return trace.logits.new_tensor([trace.features[e.layer][e.position, e.feature] for e in edits.itertuples()])
+    return trace.like.new_tensor([trace.features[e.layer][e.position, e.feature] for e in edits.itertuples()])
 
 
 def _new(edits: pd.DataFrame, old: Tensor) -> Float[Tensor, " edit"]:

@@ -39,7 +39,7 @@ class Readers:
     @classmethod
     def of_targets(cls, trace: Trace, targets: Sequence[Target]) -> Readers:
         """One reader per target."""
-        like = trace.logits
+        like = trace.like
         return cls(
             torch.stack([t.pulled_back(trace) for t in targets]),
             torch.tensor([t.position for t in targets], device=like.device),
@@ -52,11 +52,11 @@ class Readers:
     def of_features(cls, trace: Trace, features: pd.DataFrame) -> Readers:
         """One reader per feature, in order; ``features`` has layer, position and feature, and is sorted by layer."""
         none = trace.tokens[:0]
-        parts = [cls(trace.residual("final", 0)[:0], none, none, trace.logits[:0, 0], trace.logits[:0, 0])]
+        parts = [cls(trace.residual("final", 0)[:0], none, none, trace.like[:0, 0], trace.like[:0, 0])]
         for layer, table in features.groupby("layer"):
             transcoder = trace.transcoders[layer]
-            index = torch.tensor(table["feature"].tolist(), device=trace.logits.device)
-            positions = torch.tensor(table["position"].tolist(), device=trace.logits.device)
+            index = torch.tensor(table["feature"].tolist(), device=trace.like.device)
+            positions = torch.tensor(table["position"].tolist(), device=trace.like.device)
             vectors = trace.pull_norm("mlp_in", layer, transcoder.W_enc[:, index].T, positions)
             values = (vectors * trace.residual("mlp_in", layer)[positions]).sum(-1) + transcoder.b_enc[index]
             stages = torch.full_like(positions, _stage(trace, "mlp_in", layer))

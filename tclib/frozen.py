@@ -7,20 +7,15 @@ would give a plausible wrong answer.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tclib.activations import hook_in, hook_out
+from tclib.intervene import Hook, edited, hold
 from tclib.targets import Target
 from tclib.tracing import Trace
-
-Hook = tuple[str, Callable]
 
 
 class NotFrozenError(RuntimeError):
@@ -29,8 +24,7 @@ class NotFrozenError(RuntimeError):
 
 def freeze(trace: Trace) -> list[Hook]:
     """Hooks that hold patterns, LayerNorm scales and MLP outputs at this prompt's values."""
-    held = (".hook_pattern", ".hook_scale", ".hook_mlp_out")
-    return [(name, _hold(value)) for name, value in trace.cache.items() if name.endswith(held)]
+    return hold(trace.cache, ["patterns", "scales", "mlps"])
 
 
 @torch.no_grad()
@@ -66,7 +60,7 @@ def self_test(trace: Trace) -> float:
     noise = torch.randn(embed.shape, generator=torch.Generator().manual_seed(0)).to(embed)
     change = noise * embed.norm() / noise.norm()
     predicted = propagate(trace, change)
-    with _run_with(trace, [*freeze(trace), ("hook_embed", lambda value, hook: value + change)]):
+    with edited(trace.model, [*freeze(trace), ("hook_embed", lambda value, hook: value + change)]):
         _, pushed = trace.model.run_with_cache(trace.tokens[None], names_filter=lambda n: n in predicted)
     worst = 0.0
     for name, expected in predicted.items():
@@ -144,28 +138,16 @@ def _gradients(trace: Trace, target: Target) -> dict[str, Tensor]:
     def keep(value: Tensor, hook) -> None:
         seen["read"] = value
 
-    hooks = [(name, hold) for name, hold in freeze(trace) if not name.endswith("hook_mlp_out")]
+    hooks = [(name, keep_it) for name, keep_it in freeze(trace) if not name.endswith("hook_mlp_out")]
     hooks += [leaf("hook_embed"), (read_at, keep)]
     for layer in range(trace.model.cfg.n_layers):
         hooks += [leaf(f"blocks.{layer}.attn.hook_v"), leaf(hook_out(layer))]
         hooks += [add_nothing(f"blocks.{layer}.hook_attn_out")]
-    with torch.enable_grad(), _run_with(trace, hooks):
+    with torch.enable_grad(), edited(trace.model, hooks):
         trace.model(trace.tokens[None])
         read = seen.pop("read")[0, target.position]
         (read @ (target.reader * trace.gain(target.place, target.layer)[0])).backward()
     return {name: value.grad[0] for name, value in seen.items() if value.grad is not None}
-
-
-@contextmanager
-def _run_with(trace: Trace, hooks: list[Hook]) -> Iterator[None]:
-    with trace.model.hooks(fwd_hooks=hooks), warnings.catch_warnings():
-        # TransformerLens warns, rightly, that an edited LayerNorm is recomputed: that is the point here.
-        warnings.filterwarnings("ignore", message=".*hook_scale/hook_normalized")
-        yield
-
-
-def _hold(value: Tensor) -> Callable:
-    return lambda _value, hook: value[None]
 
 
 def _normalise(trace: Trace, place, layer: int, change: Tensor) -> Tensor:

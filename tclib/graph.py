@@ -78,7 +78,7 @@ def plan(trace: Trace, max_features: int | None = None, targets: int = 10) -> Pl
     rows = min(features, max_features or features)
     others = pos * (cfg.n_layers + 1 + ("hook_pos_embed" in trace.cache)) + 1
     nodes = rows + others + (rows < features) + targets
-    width, size = features + others, trace.logits.element_size()
+    width, size = features + others, trace.like.element_size()
     matrices = nodes**2 + (2 * (rows + targets) * width if rows < features else 0)
     vectors = 2 * features * cfg.d_model + 4 * cfg.n_layers * cfg.d_model * cfg.n_heads * cfg.d_head
     chunk = 6 * min(CHUNK, rows + targets) * pos * cfg.d_model
@@ -135,12 +135,12 @@ def build_graph(
     readers = Readers.of_features(trace, sources.features)
     roots = Readers.of_targets(trace, [target for target, _ in targets])
     if size.rows == size.features:
-        keep = torch.arange(size.features, device=trace.logits.device)
-        adjacency = trace.logits.new_zeros(size.nodes, size.nodes)
+        keep = torch.arange(size.features, device=trace.like.device)
+        adjacency = trace.like.new_zeros(size.nodes, size.nodes)
         sources.effects(readers, adjacency[: len(readers), : sources.width])
         sources.effects(roots, adjacency[-len(roots) :, : sources.width])
     else:
-        weights = trace.logits.new_tensor([weight for _, weight in targets])
+        weights = trace.like.new_tensor([weight for _, weight in targets])
         keep, effects = _most_influential(sources, readers, roots, weights, size.rows)
         adjacency = _with_remainder(effects, keep, size.features)
     nodes = _nodes(trace, sources, keep, readers.values[keep], targets, roots)

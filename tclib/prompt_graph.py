@@ -102,8 +102,8 @@ class PromptGraph:
     starts: Int[Tensor, " pos+1"]  # first write of each position, and the end
     moved: Float[Tensor, "layer pos head d_model"]  # what a head moves with attention 1, without its value bias
     patterns: Float[Tensor, "layer head target source"]
-    W_O: Float[Tensor, "layer head d_head d_model"]
-    W_V: Float[Tensor, "layer head d_model d_head"]
+    W_O: list[Float[Tensor, "head d_head d_model"]]  # by layer; the model's own, since stacking would copy them
+    W_V: list[Float[Tensor, "head d_model d_head"]]
 
     @cached_property
     def heads(self) -> tuple[int, int, int]:
@@ -215,7 +215,8 @@ def prompt_graph(trace: Trace) -> PromptGraph:
     """Collect a prompt's writes and what its heads move. One set-up serves every target and search."""
     model, cache = trace.model, trace.cache
     layers = range(model.cfg.n_layers)
-    W_O, W_V, b_V = model.W_O, model.W_V, model.b_V
+    W_O, W_V = ([getattr(block.attn, name) for block in model.blocks] for name in ("W_O", "W_V"))
+    b_V = model.b_V
     patterns = torch.stack([cache[f"blocks.{layer}.attn.hook_pattern"] for layer in layers])
     values = torch.stack([cache[f"blocks.{layer}.attn.hook_v"] for layer in layers]) - b_V[:, None]
     blocks = [_everywhere("embedding", 0, cache["hook_embed"])]
@@ -239,7 +240,7 @@ def prompt_graph(trace: Trace) -> PromptGraph:
         writes[where] = rows
     counts = torch.bincount(positions, minlength=len(trace.tokens))
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    moved = torch.einsum("lshd,lhde->lshe", values, W_O)
+    moved = torch.stack([torch.einsum("shd,hde->she", values[layer], W_O[layer]) for layer in layers])
     columns = (stages[order], kinds[order], indices[order], activations[order])
     return PromptGraph(trace, writes, *columns, starts, moved, patterns, W_O, W_V)
 
@@ -263,8 +264,9 @@ def _mlp(trace: Trace, layer: int) -> list[_Block]:
         return [_everywhere("mlp", stage, out)]
     transcoder, z = trace.transcoders[layer], trace.features[layer]
     positions, index = z.nonzero(as_tuple=True)
-    rows = transcoder.W_dec[index] * z[positions, index][:, None]
-    blocks = [_block("feature", stage, rows, positions, index, z[positions, index])]
+    activations = z[positions, index]
+    rows = transcoder.W_dec[index].mul_(activations[:, None])
+    blocks = [_block("feature", stage, rows, positions, index, activations)]
     rest = (out - transcoder.b_dec).index_add(0, positions, rows, alpha=-1)
     if transcoder.W_skip is not None:
         skipped = trace.cache[hook_in(layer)] @ transcoder.W_skip

@@ -118,7 +118,7 @@ class Rotation:
     alone, nothing is rotated. ``R u = cos u + sin H u`` with H swapping the halves, the first one negated."""
 
     def __init__(self, trace: Trace, layer: int, positions: Int[Tensor, " pos"]):
-        none = trace.logits.new_zeros(len(trace.tokens), 0)
+        none = trace.like.new_zeros(len(trace.tokens), 0)
         self.cos, self.sin = (
             trace.cache.get(f"blocks.{layer}.attn.hook_{part}", none)[positions] for part in ("cos", "sin")
         )

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tclib import thin
 from tclib.model import pick_device
 from tclib.paths import data_path
 
@@ -74,7 +75,7 @@ class Transcoder(nn.Module):
         """``x W_enc + b_enc``."""
         if x.shape[-1] != self.config.d_in:
             raise ValueError(f"the input has width {x.shape[-1]}, but this transcoder reads {self.config.d_in}")
-        return x @ self.W_enc + self.b_enc
+        return thin.product(x, self.W_enc) + self.b_enc
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_features"]:
         """Feature activations z, all >= 0 (equation 1; TopK: Gao et al. 2024; JumpReLU: Rajamanoharan et al. 2024)."""

@@ -99,15 +99,17 @@ def test_float64_balances_to_1e_minus_10(models64, which, architecture, seed, po
 
 @settings(max_examples=20, deadline=None)
 @given(**question)
-def test_every_opened_head_sums_to_its_row(models, which, architecture, seed, position, skip_layer, data):
-    trace = make_trace(models, which, architecture, seed, skip_layer)
+def test_every_opened_head_sums_to_its_row(models64, which, architecture, seed, position, skip_layer, data):
+    # In float64: the row multiplies values, the opened table residuals, and what cancels inside a dot product
+    # leaves float32 rounding that no sum of contributions bounds.
+    trace = make_trace(models64, which, architecture, seed, skip_layer, double=True)
     target = any_target(trace, position, data)
     table = tc.attribute(trace, target)
     heads = table[table["kind"] == "head"]
     for row in heads.iloc[:: max(1, len(heads) // 3)].itertuples():
         opened = tc.attribute(trace, targets.head_source(trace, target, row.layer, row.head, row.position))
         size = opened["contribution"].abs().sum()
-        assert opened["contribution"].sum() == pytest.approx(row.contribution, abs=2e-5 * size)
+        assert opened["contribution"].sum() == pytest.approx(row.contribution, abs=1e-10 * size)
 
 
 def test_biases_have_rows_only_where_the_model_has_them(models):
