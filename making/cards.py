@@ -23,7 +23,10 @@ ORIGIN = {
     "transcoders": "`python -m making.transcoders`",
     "text": "`python -m making.sampled_text`: sampled from the bundled model, not real text",
     "published.json": "typed from the papers named in it",
+    "blind": "`python -m making.blind`",
+    "features.npz": "`python -m making.features`",
     "fronts.json": "`python -m making.fronts`",
+    "sweep.json": "`python -m making.sweep`",
     "ablations.json": "`python -m making.ablations`",
 }
 

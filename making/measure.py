@@ -23,10 +23,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from making.export import held_out_bits
 from tclib.chronicle import BACKWARD, NOUNS, SPANS, grammar, words
+from tclib.formats import load_transcoders
 from tclib.model import load_model
 from tclib.tasks import greater_than as gt
 from tclib.tasks import sweeps
-from tclib.transcoder import Transcoder, load_transcoders
+from tclib.transcoder import Transcoder
 
 TRAIN_SAMPLE = 12  # nouns known to the model
 FEW = 2  # nouns of each set where every measurement runs the model many times

@@ -27,7 +27,8 @@ _FACE = {
     "Transcoder": "tclib.transcoder",
     "TranscoderConfig": "tclib.transcoder",
     "evaluate": "tclib.evaluation",
-    "load_transcoders": "tclib.transcoder",
+    "load_transcoders": "tclib.formats",
+    "save_transcoders": "tclib.formats",
     "train": "tclib.training",
     # attribution and circuits
     "attribute": "tclib.attribution",

@@ -70,10 +70,30 @@ def de_embed(trace: Trace, target: Target, heads: Sequence[Head] = ()) -> pd.Ser
 
 
 @torch.no_grad()
-def de_embed_through_mlp0(trace: Trace, target: Target, heads: Sequence[Head] = ()) -> pd.DataFrame:
+def made_by_mlp0(trace: Trace) -> Float[Tensor, "vocab d_model"]:
+    """What MLP0's transcoder makes of each token's embedding alone, ``TC0(LN(W_E))``.
+
+    Raises:
+        ValueError: layer 0 has no transcoder.
+    """
+    first, W_E = trace.transcoders[trace.layer(0, with_transcoder=True)], trace.model.W_E
+    normalised = torch.nn.functional.layer_norm(W_E, W_E.shape[-1:], eps=trace.model.cfg.eps)
+    return torch.cat([first(part) for part in normalised.split(1024)])
+
+
+@torch.no_grad()
+def de_embed_through_mlp0(
+    trace: Trace,
+    target: Target,
+    heads: Sequence[Head] = (),
+    made: Float[Tensor, "vocab d_model"] | None = None,
+) -> pd.DataFrame:
     """De-embedding extended by what MLP0's transcoder makes of each token: ``W_E r`` and ``TC0(LN(W_E)) r``.
 
     MLP0 is given the token's embedding alone, without position and attention, as if the token stood anywhere.
+
+    Args:
+        made: `made_by_mlp0`, which is most of the work, to use it for several targets.
 
     Returns:
         By token string: ``direct``, ``through_mlp0`` and ``total``, largest total first.
@@ -81,12 +101,10 @@ def de_embed_through_mlp0(trace: Trace, target: Target, heads: Sequence[Head] = 
     Raises:
         ValueError: layer 0 has no transcoder, or the target does not come after it.
     """
-    trace.layer(0, with_transcoder=True)
     if (heads[-1][0] if heads else target.layer) < 1:
         raise ValueError(f"{target.name} is read before MLP0 has written")
     W_E, direction = trace.model.W_E, reader(trace, target, heads)
-    normalised = torch.nn.functional.layer_norm(W_E, W_E.shape[-1:], eps=trace.model.cfg.eps)
-    through = torch.cat([trace.transcoders[0](part) @ direction for part in normalised.split(1024)])
+    through = (made_by_mlp0(trace) if made is None else made) @ direction
     columns = {"direct": W_E @ direction, "through_mlp0": through}
     table = pd.DataFrame({name: c.cpu().numpy() for name, c in columns.items()}, index=_vocabulary(trace.model))
     table["total"] = table["direct"] + table["through_mlp0"]

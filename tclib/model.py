@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from tclib import guards, hub
+from tclib.memory import check_memory
 from tclib.paths import data_path
+
+NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
+WELCOME = ("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json")
+_GATES = ("silu", "swish", "swiglu", "geglu", "reglu")
+_FITS = {  # key of config.json: what fits, and what does not where it does not
+    "rms_norm_eps": (lambda value: value is None, "its norm is RMSNorm, not LayerNorm"),
+    "num_experts": (lambda value: not value, "its MLPs are mixtures of experts"),
+    "num_local_experts": (lambda value: not value, "its MLPs are mixtures of experts"),
+    "is_encoder_decoder": (lambda value: not value, "it has an encoder beside the decoder"),
+    "add_cross_attention": (lambda value: not value, "its blocks also attend to an encoder"),
+    "alibi": (lambda value: not value, "its attention adds ALiBi position biases"),
+    "scale_attn_by_inverse_layer_idx": (lambda value: not value, "its attention scores are scaled by layer"),
+    "quantization_config": (lambda value: not value, "its weights are quantised"),
+    "hidden_act": (lambda value: value not in _GATES, "its MLPs are gated"),
+    "do_layer_norm_before": (lambda value: bool(value), "its LayerNorms come after the blocks"),
+}
+_KINDS = {
+    "gptj": "its attention and MLP share one LayerNorm",
+    "opt": "its positions and its MLP's activation differ",
+    "gpt_neo": "its attention is local in every other layer",
+    "mamba": "it has no attention",
+    "bert": "its attention is not causal",
+}
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -36,35 +65,131 @@ def load_model(name: str = "bundled", device: str | None = None, processed: bool
     are folded into the attention output bias, so the log-probabilities are those of the plain model.
 
     Args:
-        name: ``"bundled"``, or a folder holding config.json, model.safetensors and tokenizer.json of a GPT-2 or
-            GPT-NeoX model.
+        name: ``"bundled"``; a folder holding config.json, model.safetensors and tokenizer.json of a GPT-2 or
+            GPT-NeoX model; ``"gpt2"``, ``"pythia-410m"``, ``"pythia-1.4b"``; or any hub id, with ``@`` and a revision
+            if you like. Only files of weights are read, never pickles or code.
         device: ``"cpu"``, ``"cuda"`` or ``"mps"``; the best one present by default.
         processed: False leaves the weights as they are on disk, for transcoders trained on such a model.
 
     Raises:
-        ValueError: unknown name, or a folder whose model has other blocks than GPT-2's or GPT-NeoX's.
+        ValueError: unknown name, not in the cache while off-line, a damaged file, too little memory, or a model whose
+            blocks are not GPT-2's or GPT-NeoX's (the property that does not fit is named).
     """
-    folder = data_path("model") if name == "bundled" else Path(name)
-    if not folder.is_dir():
-        raise ValueError(
-            f"unknown model {name!r}: use 'bundled' or a folder with config.json, model.safetensors and "
-            "tokenizer.json (models from the hub are not supported yet)"
-        )
-    missing = [f for f in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / f).is_file()]
-    if missing:
-        raise ValueError(f"{folder} is not a model folder: {', '.join(missing)} is missing")
+    place = pick_device(device)
+    folder = model_folder(name)
+    shapes = model_shapes(folder)
+    size = sum(4 * math.prod(shape) for shape in shapes.values())
+    check_memory({"model": size, "while it loads": size})
     with _quiet_loading():
         try:
-            model = TransformerBridge.boot_transformers(str(folder), device=str(pick_device(device)))
+            model = TransformerBridge.boot_transformers(str(folder), device=str(place))
         except Exception as error:
-            raise ValueError(f"{folder} could not be read as a model: {error}") from error
-    if model.cfg.architecture not in ("GPT2LMHeadModel", "GPTNeoXForCausalLM"):
-        raise ValueError(f"{folder} is a {model.cfg.architecture}: only GPT-2 and GPT-NeoX blocks are supported")
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{folder} could not be read as a model: {reason}") from error
     model = model.float().eval().requires_grad_(False)
     if processed:
         with _quiet_loading():
             model.enable_compatibility_mode(disable_warnings=True)
     return model.requires_grad_(False)
+
+
+def model_folder(name: str) -> Path:
+    """Where the files of a model lie; those of the hub are downloaded first if need be.
+
+    Raises:
+        ValueError: as for `load_model`.
+    """
+    folder = data_path("model") if name == "bundled" else Path(name)
+    if folder.is_dir():
+        return folder
+    source = hub.parse(hub.MODELS.get(name, name))
+    if source is None or source.folder:
+        raise ValueError(
+            f"unknown model {name!r}: use 'bundled', {', '.join(map(repr, hub.MODELS))}, a hub id (owner/name) or a "
+            "folder with config.json, model.safetensors and tokenizer.json"
+        )
+
+    def choose(names: list[str]) -> list[str]:
+        _check_present(set(names), str(source))
+        return [file for file in names if file in (*NEEDED, *WELCOME)]
+
+    return hub.fetch(source, choose)[0]
+
+
+def layer_norms(model: TransformerBridge, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Gain and bias of the LayerNorm before each MLP as they are on disk; in a processed model they are folded away.
+
+    Raises:
+        ValueError: the model's folder is gone, or has no such layers.
+    """
+    weights = Path(str(model.cfg.model_name)) / "model.safetensors"
+    shapes = guards.safetensors_shapes(weights)
+    result = {}
+    for layer in layers:
+        known = (f"h.{layer}.ln_2", f"transformer.h.{layer}.ln_2", f"gpt_neox.layers.{layer}.post_attention_layernorm")
+        found = [prefix for prefix in known if f"{prefix}.weight" in shapes]
+        if not found:
+            raise ValueError(f"{weights} has no LayerNorm before the MLP of layer {layer}")
+        read = guards.read_safetensors(weights, {part: f"{found[0]}.{part}" for part in ("weight", "bias")})
+        result[layer] = read["weight"], read["bias"]
+    return result
+
+
+def _check_present(files: set[str], where: str) -> None:
+    missing = [file for file in NEEDED if file not in files]
+    if not missing:
+        return
+    pickled = sorted(file for file in files if file.endswith((".bin", ".pt", ".ckpt")))
+    hint = f" ({pickled[0]} is a pickle, which may run code and is never read: convert it)" if pickled else ""
+    raise ValueError(f"{where} is not a model folder: {', '.join(missing)} is missing{hint}")
+
+
+def model_shapes(folder: Path) -> dict[str, guards.Shape]:
+    """Shapes of a model folder's weights, from its headers.
+
+    Raises:
+        ValueError: it is no GPT-2 or GPT-NeoX, wants to run code, or is not as large as it says.
+    """
+    _check_present({path.name for path in folder.iterdir()}, str(folder))
+    config = guards.read_json(folder / "config.json")
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and "auto_map" in guards.read_json(folder / name):
+            raise ValueError(f"{folder / name} asks to run code of its own (auto_map): it is not run")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} brings an adapter of another model (adapter_config.json), which is not read")
+    check_architecture(config, str(folder))
+    shapes = guards.safetensors_shapes(folder / "model.safetensors")
+    neox = config["model_type"] == "gpt_neox"
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers") if neox else ("vocab_size", "n_embd", "n_layer")
+    sizes = [config.get(key) for key in keys]
+    embedding = "gpt_neox.embed_in.weight" if neox else "wte.weight"
+    found = shapes.get(embedding, shapes.get(f"transformer.{embedding}"))
+    layers = {int(part[1]) for key in shapes if (part := re.search(r"(?:^|\.)(?:h|layers)\.(\d+)\.", key))}
+    if not all(isinstance(size, int) for size in sizes) or found != tuple(sizes[:2]) or len(layers) != sizes[2]:
+        raise ValueError(
+            f"{folder}: config.json says vocabulary {sizes[0]}, width {sizes[1]}, {sizes[2]} layers; model.safetensors "
+            f"has embeddings {found} and {len(layers)} layers"
+        )
+    return shapes
+
+
+def check_architecture(config: Mapping[str, Any], where: str) -> None:
+    """Refuse blocks that attribution here does not know, naming the property.
+
+    Args:
+        config: a model's config.json.
+
+    Raises:
+        ValueError: anything but GPT-2 or GPT-NeoX blocks.
+    """
+    kind = config.get("model_type")
+    reasons = [reason for key, (fits, reason) in _FITS.items() if key in config and not fits(config[key])]
+    heads = config.get("num_attention_heads")
+    if config.get("num_key_value_heads", heads) != heads:
+        reasons.append("several query heads share one key and value head")
+    if kind not in ("gpt2", "gpt_neox") or reasons:
+        reason = reasons[0] if reasons else _KINDS.get(kind, "its blocks are not the same as theirs")
+        raise ValueError(f"{where} is a {kind} model: only GPT-2 and GPT-NeoX blocks are supported, and {reason}")
 
 
 def to_tokens(model: TransformerBridge, prompt: str) -> Int[Tensor, " pos"]:

@@ -137,7 +137,7 @@ def trace(
             f"the prompt has shape {tuple(tokens.shape)}: give one row of 1 to {model.cfg.n_ctx} tokens, BOS included"
         )
     for layer, transcoder in transcoders.items():
-        _check_belongs(model, layer, transcoder)
+        check_belongs(model, layer, transcoder)
     with model.hooks(fwd_hooks=[("unembed.hook_in", lambda value, hook: value[:, :0])]):  # see `Trace.logits`
         _, cache = model.run_with_cache(tokens[None], names_filter=_needed(model.cfg.n_layers).__contains__)
     kept = {name: value[0] for name, value in cache.items()}
@@ -148,7 +148,8 @@ def trace(
     return traced
 
 
-def _check_belongs(model: TransformerBridge, layer: int, transcoder: Transcoder) -> None:
+def check_belongs(model: TransformerBridge, layer: int, transcoder: Transcoder) -> None:
+    """Refuse a transcoder of other widths, layers or hooks than this model's MLPs."""
     config = transcoder.config
     if config.d_in != model.cfg.d_model or not 0 <= layer < model.cfg.n_layers:
         raise ValueError(

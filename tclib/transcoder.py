@@ -8,20 +8,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tclib import thin
-from tclib.model import pick_device
-from tclib.paths import data_path
+from tclib import guards, thin
 
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
 
@@ -52,7 +49,7 @@ class TranscoderConfig(BaseModel):
 
 
 class Transcoder(nn.Module):
-    """Encoder, decoder and optional affine skip of one layer; weights in float32.
+    """Encoder, decoder and optional affine skip of one layer.
 
     ``W_enc [d_in, d_features]``, ``b_enc [d_features]``, ``W_dec [d_features, d_out]``, ``b_dec [d_out]``,
     and where the kind has them ``W_skip [d_in, d_out]`` and ``threshold [d_features]`` (jumprelu; batchtopk uses one
@@ -120,45 +117,38 @@ class Transcoder(nn.Module):
 
     @classmethod
     def load(cls, stem: str | Path, device: str | torch.device = "cpu") -> Transcoder:
-        """Read what `save` wrote.
+        """Read what `save` wrote, in float32.
 
         Raises:
             ValueError: a file is missing or corrupt, or the tensors do not fit the configuration (they are named).
         """
-        stem = Path(stem)
-        try:
-            config = TranscoderConfig(**json.loads(stem.with_suffix(".json").read_text()))
-            tensors = load_file(stem.with_suffix(".safetensors"))
-        except FileNotFoundError as error:
-            raise ValueError(f"no transcoder at {stem}: {Path(error.filename).name} is missing") from None
-        except (json.JSONDecodeError, TypeError, ValidationError, SafetensorError) as error:
-            raise ValueError(f"the transcoder at {stem} is damaged: {str(error).splitlines()[0]}") from error
-        transcoder = cls(config)
-        expected = {name: tuple(t.shape) for name, t in transcoder.state_dict().items()}
-        found = {name: tuple(t.shape) for name, t in tensors.items()}
-        if found != expected:
-            wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-            raise ValueError(
-                f"the transcoder at {stem} does not fit its configuration: "
-                + ", ".join(f"{n} is {found.get(n)}, not {expected.get(n)}" for n in wrong)
-            )
-        transcoder.load_state_dict({name: t.float() for name, t in tensors.items()})
-        return transcoder.to(device).eval().requires_grad_(False)
+        weights = Path(stem).with_suffix(".safetensors")
+        config = read_config(weights)
+        tensors = guards.read_safetensors(weights, {name: name for name in expected_shapes(config)})
+        return cls.of(config, tensors, device, torch.float32)
+
+    @classmethod
+    def of(
+        cls, config: TranscoderConfig, tensors: Mapping[str, Tensor], device: str | torch.device, dtype: torch.dtype
+    ) -> Transcoder:
+        """A transcoder around these tensors, which are copied only where device or dtype differ."""
+        with torch.device("meta"):
+            transcoder = cls(config)
+        moved = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}
+        transcoder.load_state_dict(moved, assign=True)
+        return transcoder.eval().requires_grad_(False)
 
 
-def load_transcoders(where: str | Path = "bundled", device: str | torch.device | None = None) -> dict[int, Transcoder]:
-    """All transcoders of a folder of ``layer_0.safetensors`` + ``layer_0.json``, ..., by layer.
+def expected_shapes(config: TranscoderConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a transcoder's tensors, without making one."""
+    c = config
+    shapes = {"W_enc": (c.d_in, c.d_features), "b_enc": (c.d_features,), "W_dec": (c.d_features, c.d_out)}
+    shapes |= {"b_dec": (c.d_out,)} | ({"W_skip": (c.d_in, c.d_out)} if c.skip else {})
+    return shapes | ({"threshold": (c.d_features,)} if c.activation in ("jumprelu", "batchtopk") else {})
 
-    Args:
-        where: ``"bundled"`` or a folder.
-        device: the best one present by default, as for `tclib.model.load_model`.
 
-    Raises:
-        ValueError: the folder holds none, or one is damaged.
-    """
-    folder = data_path("transcoders") if where == "bundled" else Path(where)
-    stems = {int(p.stem.removeprefix("layer_")): p.with_suffix("") for p in folder.glob("layer_*.safetensors")}
-    if not stems:
-        raise ValueError(f"no transcoders in {folder}: expected layer_0.safetensors, layer_1.safetensors, ...")
-    place = device if isinstance(device, torch.device) else pick_device(device)
-    return {layer: Transcoder.load(stems[layer], place) for layer in sorted(stems)}
+def read_config(weights: Path) -> TranscoderConfig:
+    """The configuration beside a file of weights, once the sizes in the file's header have been found to fit it."""
+    config = guards.parsed(weights, TranscoderConfig, guards.read_json(weights.with_suffix(".json")))
+    guards.check_shapes(weights, guards.safetensors_shapes(weights), expected_shapes(config))
+    return config

@@ -1,5 +1,9 @@
-"""One process of a training under torchrun: ``torchrun --nproc-per-node 2 -m tests.rank_worker MODEL OUT``."""
+"""One process of a training under torchrun: ``torchrun --nproc-per-node 2 -m tests.rank_worker MODEL OUT [CHANGES]``.
 
+CHANGES: settings other than those of `tests.crash_worker`, as JSON.
+"""
+
+import json
 import sys
 from pathlib import Path
 
@@ -10,11 +14,11 @@ from tclib.training import distributed, train_side_by_side
 from tests.crash_worker import CONFIGS, config, text
 
 
-def main(model_folder: str, out: str) -> None:
+def main(model_folder: str, out: str, changes: str = "{}") -> None:
     torch.set_num_threads(1)
     with distributed.processes():
         model = load_model(model_folder, device="cpu").double()
-        configs = {name: config(name) for name in CONFIGS}
+        configs = {name: config(name, **json.loads(changes)) for name in CONFIGS}
         trained, history = train_side_by_side(model, text(), [0, 1], configs, run=Path(out) / "run")
         if distributed.rank() == 0:
             history.to_json(Path(out) / "history.json", double_precision=15)

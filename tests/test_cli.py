@@ -147,7 +147,7 @@ def test_only_this_kernel(monkeypatch):
     [
         (["-p", "layr", "1", "--only", "02"], "unknown parameter 'layr'; did you mean 'layer'?"),
         (["-p", "layer", "1"], "01_bad.ipynb: unknown parameter 'layer'"),
-        (["--model", "gpt2"], "The published GPT-2 is not supported yet"),
+        (["--model", "no such model"], "unknown model 'no such model'"),
         (["--only", "07"], "No notebook starts with '07'; there are: 01_bad, 02_good."),
         (["--only", "02,"], "No notebook starts with ''"),
         (["--name", "a/b"], "'a/b' is not a folder name"),
@@ -170,9 +170,10 @@ def test_run_keeps_the_failed_notebook_and_goes_on(repo, capsys):
 
 
 def test_run_passes_parameters(repo, capsys):
-    arguments = ["--only", "02", "-p", "layer", "1", "--model", "mine", "--name", "two"]
+    arguments = ["--only", "02", "-p", "layer", "1", "--model", str(REPO / "data" / "model"), "--name", "two"]
     assert run(arguments, repo) == 0
-    assert "layer = 1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "layer = 1" in printed and "together" in printed and "available" in printed  # the memory plan
 
 
 def test_interruption_keeps_what_is_finished(repo, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from tests.conftest import COMMITTED
 SECOND_SET: dict[str, dict[str, Any]] = {
     "00_start_here": {"prompt": "The siege lasted from the year 1545 to the year 15", "start": 45},
     "02_evaluate_transcoders": {"layer": 0, "rows": 8, "steps": 15, "seed": 1},
+    "03_read_features": {"layer": 1, "rows": 48, "seed": 1},
     "04_circuits_from_weights": {
         "prompt": "The truce was proclaimed in 1345 and abandoned in 13",
         "later": "80",
@@ -39,6 +40,15 @@ SECOND_SET: dict[str, dict[str, Any]] = {
         "k": 8,
         "seed": 1,
     },
+    "05_blind_case_studies": {"rows": 64, "number": 3, "guess": "tokens: .|,", "seed": 1},
+    "08_your_prompt_your_model": {
+        "prompt": "The truce was proclaimed in 1345 and abandoned in 13",
+        "later": "80",
+        "earlier": "30",
+        "rows": 16,
+        "seed": 1,
+    },
+    "07_sweep_report": {"metric": "kl", "k": [4], "d_features": 32, "steps": 4, "seed": 1},
     "06_greater_than": {
         "nouns": ["truce", "lease"],
         "centuries": [13, 15, 18],

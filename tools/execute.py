@@ -61,6 +61,8 @@ def clean(notebook: nbformat.NotebookNode) -> None:
         if cell.cell_type == "code":
             cell.outputs = merge_streams(cell.outputs)
             for output in cell.outputs:
+                # A widget is dead without its kernel, and its id is another one at every run.
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
                 mask_addresses(output)
 
 

@@ -15,9 +15,14 @@ OLDEST = (3, 11)
 COMMANDS = {
     "venv": "make .venv and install the pinned packages",
     "run": "execute the notebooks into runs/<name>/",
+    "sweep": "train over a grid of settings into runs/sweep/",
     "test": "run all tests but the slow ones",
     "test-all": "run all tests",
+    "student": "write student copies of the notebooks into build/student/",
+    "bundle": "collect all wheels in build/bundle/, for installing without network",
+    "report": "render an executed notebook as one file into build/report/",
     "lab": "open JupyterLab on notebooks/",
+    "explore": "serve the explorers of notebook 08 with Voila, off-line",
 }
 NO_NETWORK = (
     "NewConnectionError",
@@ -68,7 +73,7 @@ def usage():
     """What `python -m tclib` accepts."""
     lines = ["usage: python -m tclib COMMAND [options]", ""]
     lines += ["  {:9} {}".format(name, text) for name, text in COMMANDS.items()]
-    return "\n".join(lines + ["", "`python -m tclib run --help` lists the options of run."])
+    return "\n".join(lines + ["", "`python -m tclib run --help` lists the options of run; sweep has some too."])
 
 
 def set_up(repo):

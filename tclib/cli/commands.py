@@ -15,9 +15,20 @@ def main(arguments: list[str]) -> int:
         from tclib.cli.run import run
 
         return run(rest)
+    if command == "sweep":
+        from tclib.cli import sweep
+
+        return sweep.main(rest)
+    if command in ("student", "bundle", "report"):
+        from tclib.cli import teach
+
+        return getattr(teach, command)(rest)
     if command == "lab":
         lab = [sys.executable, "-m", "jupyterlab", str(REPO / "notebooks"), *rest]
         return wait(subprocess.Popen(lab))
+    if command == "explore":
+        page = REPO / "notebooks" / "08_your_prompt_your_model.ipynb"
+        return wait(subprocess.Popen([sys.executable, "-m", "voila", str(page), *rest]))
     from tclib.cli.testing import test
 
     return test(slow=command == "test-all")

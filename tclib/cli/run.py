@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,6 @@ from typing import Any
 
 from tclib.cli.bootstrap import REPO
 from tclib.notebook import assigned_names, find_headline, unknown_parameter
-
-NOT_THERE_YET = {"gpt2", "gpt2-small"}
 
 
 class Refused(ValueError):
@@ -43,6 +42,7 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
         notebooks = select(repo / "notebooks", options.only)
         for notebook in notebooks:
             check_names(notebook, parameters)
+        prepare(parameters)
         folder = new_folder(repo / "runs", options.name)
     except Refused as error:
         print(error, file=sys.stderr)
@@ -52,7 +52,9 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
     try:
         for number, notebook in enumerate(notebooks, start=1):
             print(f"[{number}/{len(notebooks)}] {notebook.stem} ...", end=" ", flush=True)
-            results.append(execute(notebook, folder / notebook.name, parameters))
+            known = declared_names(json.loads(notebook.read_text(encoding="utf-8")))
+            own = {name: value for name, value in parameters.items() if name in known}
+            results.append(execute(notebook, folder / notebook.name, own))
             print(f"{results[-1].seconds:.0f} s, {results[-1].headline}", flush=True)
     except KeyboardInterrupt:
         print(f"\nInterrupted: what is finished is kept in {folder}.", file=sys.stderr)
@@ -83,16 +85,39 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def read_parameters(options: argparse.Namespace) -> dict[str, Any]:
-    """The parameters to inject. Raises Refused for a model that is not available."""
+    """The parameters to inject."""
     parameters = {name: literal(text) for name, text in options.parameters}
     if options.model is not None:
         parameters["model"] = options.model
-    if parameters.get("model") in NOT_THERE_YET:
-        raise Refused(
-            "The published GPT-2 is not supported yet: run without a model to use the bundled "
-            "one, or give the folder of a local GPT-2-style model."
-        )
     return parameters
+
+
+def prepare(parameters: dict[str, Any]) -> None:
+    """For another model than the bundled one: give it its published transcoders, fetch both, print what they need and
+    how well they fit.
+
+    Raises Refused if they cannot be had, do not belong together or do not fit into memory.
+    """
+    model = parameters.get("model", "bundled")
+    if model == "bundled":
+        return
+    from tclib import hub
+    from tclib.formats import check_fit, load_transcoders, memory_plan  # takes seconds to import
+    from tclib.model import load_model
+
+    if model in hub.TRANSCODERS:
+        parameters.setdefault("transcoders", model)
+    where = parameters.get("transcoders", "bundled")
+    try:
+        print(f"{memory_plan(model, where).round(1).to_string()}\n", flush=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            fit = check_fit(load_model(model), load_transcoders(where))
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    print(f"{fit.round(3).T.to_string()}\n")
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
 
 
 def literal(text: str) -> Any:
@@ -161,17 +186,23 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
                 # What a notebook writes by a relative path lands beside its results.
                 cwd=target.parent,
             )
-    except papermill.PapermillExecutionError as error:
-        cell = f"cell {error.cell_index + 1}, In [{error.exec_count}]"
-        problem = f"FAILED in {cell}: {error.ename}: {one_line(error.evalue)}"
     except Exception as error:  # a dead kernel, say: the notebooks after it still run
-        problem = f"FAILED: {type(error).__name__}: {one_line(str(error))}"
+        problem = f"FAILED {why(error)}"
     seconds = time.monotonic() - start
     if problem is None:
         executed = json.loads(target.read_text(encoding="utf-8"))
         headline = find_headline(executed) or "no headline"
         return Result(source.stem, seconds, headline, target, failed=False)
     return Result(source.stem, seconds, problem, target, failed=True)
+
+
+def why(error: Exception) -> str:
+    """What went wrong in a notebook, and in which cell."""
+    import papermill
+
+    if isinstance(error, papermill.PapermillExecutionError):
+        return f"in cell {error.cell_index + 1}, In [{error.exec_count}]: {error.ename}: {one_line(error.evalue)}"
+    return f"({type(error).__name__}: {one_line(str(error))})"
 
 
 @contextlib.contextmanager

@@ -56,3 +56,15 @@ def gap(front: pd.DataFrame, one: str, other: str, by: Sequence[str], column: st
         read = at_l0(part, shared_l0(part), ["name"], column).pivot(index="l0", columns="name", values=column)
         records.append(dict(zip(by, key, strict=True)) | {"gap": (read[one] - read[other]).mean()})
     return pd.DataFrame(records)
+
+
+def undominated(front: pd.DataFrame, columns: Sequence[str] = ("l0", "fvu")) -> np.ndarray:
+    """Which points no other point beats: at most as large in all ``columns``, and smaller in one (Pareto).
+
+    Returns:
+        One bool per row; equal points do not beat each other, and NaN is never undominated.
+    """
+    values = front[list(columns)].to_numpy(dtype=float)
+    at_most = (values[:, None] <= values[None]).all(-1)  # [i, j]: i is nowhere larger than j
+    smaller = (values[:, None] < values[None]).any(-1)
+    return ~(at_most & smaller).any(0) & ~np.isnan(values).any(1)

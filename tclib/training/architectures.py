@@ -25,17 +25,20 @@ def activate(transcoder: Transcoder, pre: Pre, config: TrainConfig) -> Pre:
         return _Jump.apply(pre, transcoder.threshold, config.bandwidth)
     if config.activation == "batchtopk":
         z = torch.relu(pre)
-        return z * (z >= batch_threshold(z.detach(), config.k))
+        return z * (z >= batch_threshold(z.detach(), config.k, len(z)))
     return transcoder.activate(pre)
 
 
-def batch_threshold(z: Pre, k: int) -> Float[Tensor, ""]:
-    """The smallest activation that BatchTopK keeps: the ``k * tokens``-th largest over all processes."""
-    count = k * len(z) * distributed.world()
-    flat = z.flatten()
-    largest = distributed.gathered(flat.topk(min(count, flat.numel()), sorted=False).values)
+def batch_threshold(z: Tensor, k: int, tokens: int) -> Float[Tensor, ""]:
+    """The smallest activation that BatchTopK keeps: the ``k * tokens``-th largest, with tokens of all processes.
+
+    ``z`` are this process's activations: of all features, or of those that may be kept.
+    """
+    count = k * tokens * distributed.world()
+    mine = z.flatten().topk(min(count, z.numel()), sorted=False).values
+    largest = distributed.gathered(torch.nn.functional.pad(mine, (0, count - len(mine))))
     # Never 0: the tokens of a dead batch must not switch everything on.
-    return largest.topk(count).values[-1].clamp(min=torch.finfo(z.dtype).tiny)
+    return largest.kthvalue(len(largest) - count + 1).values.clamp(min=torch.finfo(z.dtype).tiny)
 
 
 def penalty(z: Pre, pre: Pre, transcoder: Transcoder, config: TrainConfig) -> Float[Tensor, ""]:

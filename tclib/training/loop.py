@@ -21,6 +21,7 @@ from tclib.training import distributed
 from tclib.training.cache import ActivationCache
 from tclib.training.config import STREAM, TrainConfig
 from tclib.training.files import RunFolder, text_hash
+from tclib.training.sparse import make_student
 from tclib.training.stream import Acts, ModelSource, Stream
 from tclib.training.student import Student
 from tclib.transcoder import Transcoder
@@ -98,7 +99,7 @@ def train_side_by_side(
     stream = Stream(tokens if isinstance(tokens, ActivationCache) else ModelSource(model, tokens, layers), config)
     sample = stream.sample()
     _check_finite(sample, "in the first rows")
-    students = {(name, i): Student(i, *sample[i], c) for (name, i), c in settings.items()}
+    students = {(name, i): make_student(i, *sample[i], c) for (name, i), c in settings.items()}
     named = {f"{name}/{layer}": student for (name, layer), student in students.items()}
     folder = RunFolder(run, _about(tokens, layers, settings), checkpoint_seconds) if run else None
     first, records = 0, []

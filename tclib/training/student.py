@@ -75,9 +75,11 @@ class Student:
         if c.tied:
             t.W_enc.copy_(t.W_dec.T / math.sqrt(c.d_features))
         if c.start_l0 is not None:
-            pre = t.pre_activations(x[:4096])
-            rank = max(1, round(len(pre) * (1 - c.start_l0 / c.d_features)))
-            t.b_enc -= pre.kthvalue(rank, dim=0).values
+            x = x[:4096]
+            rank = max(1, round(len(x) * (1 - c.start_l0 / c.d_features)))
+            for some in torch.arange(c.d_features).split(4096):
+                some = slice(int(some[0]), int(some[-1]) + 1)
+                t.b_enc[some] -= (x @ t.W_enc[:, some] + t.b_enc[some]).kthvalue(rank, dim=0).values
         if c.activation == "jumprelu":
             t.threshold.fill_(c.bandwidth)
         if c.activation == "batchtopk":
@@ -94,9 +96,9 @@ class Student:
         with torch.no_grad():
             self.update()
             if c.activation == "batchtopk":
-                smallest = batch_threshold(z, c.k).to(t.threshold)
+                smallest = self.smallest(z, len(x)).to(t.threshold)
                 t.threshold.lerp_(smallest, 1.0 if step == 0 else 1 - SMOOTHING)
-            fired = distributed.total((z > 0).any(0).to(torch.int64)) > 0
+            fired = distributed.total(self.fired(z).to(torch.int64)) > 0
             self.silent = torch.where(fired, 0, self.silent + n)
             loss, error, active = (distributed.total(torch.stack(sums).detach()) / n).tolist()
         return {"loss": loss, "fvu": error, "l0": active, "dead": self.dead().double().mean().item()}
@@ -119,6 +121,14 @@ class Student:
         for p in self.adam.param_groups[0]["params"]:
             distributed.total(p.grad)
         return (loss.detach(), squared.detach(), (z > 0).sum().to(y.dtype)), z.detach()
+
+    def fired(self, z: Tensor) -> Bool[Tensor, " d_features"]:
+        """Which features are active on any token."""
+        return (z > 0).any(0)
+
+    def smallest(self, z: Tensor, tokens: int) -> Float[Tensor, ""]:
+        """BatchTopK's threshold in this batch."""
+        return batch_threshold(z, self.config.k, tokens)
 
     def price(self, z: Tensor, pre: Tensor) -> Float[Tensor, ""]:
         """What the architecture charges at the full price, summed over tokens."""
@@ -162,7 +172,7 @@ class Student:
 
     def scaled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self._pair(x, y, self.config)
-        return (x - self.x_mean) / self.x_scale, (y - self.y_mean) / self.y_scale
+        return (x - self.x_mean).div_(self.x_scale), (y - self.y_mean).div_(self.y_scale)
 
     @torch.no_grad()
     def finished(self) -> Transcoder:
@@ -197,7 +207,7 @@ class Student:
             prefix = f"adam.{name}."
             state = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
             if state:
-                self.adam.state[p] = {k: v if k == "step" else v.to(p) for k, v in state.items()}
+                self.adam.state[p] = {k: v if k == "step" else v.to(p.device, p.dtype) for k, v in state.items()}
         for name in SCALES:
             setattr(self, name, tensors[f"scale.{name}"].to(self.x_mean))
         self.silent = tensors["silent"].to(self.silent)

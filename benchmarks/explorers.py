@@ -1,0 +1,108 @@
+"""How quickly the explorers answer: every kind of interaction, on the bundled model.
+
+    python benchmarks/explorers.py
+
+Each interaction is moved there and back a few times, as a hand would; what is measured is the time until all views are
+ready to be sent to the browser. Nothing is cached between the two, except what an explorer itself keeps. The last line
+is the headline.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import tclib as tc
+from tclib import explorers
+from tclib.index import Index, Summary, build_index, load_summary
+
+PROMPT, OTHER = "The war lasted from the year 1732 to the year 17", "The siege ended in the year 1545; it began in 15"
+REPEATS = 4
+
+
+def set_up(folder: Path) -> tuple:
+    """Model, transcoders, summary and a small index."""
+    model, transcoders = tc.load_model(device="cpu"), tc.load_transcoders(device="cpu")
+    tokens = tc.load_text(model, "chronicle", 64)
+    return model, transcoders, load_summary(model, transcoders), build_index(model, transcoders, tokens, folder / "i")
+
+
+def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator[tuple[str, list[Callable[[], None]]]]:
+    """What can be done, by name: moves that are made in turn."""
+
+    def settings(control, *values) -> list[Callable[[], None]]:
+        return [lambda value=value: setattr(control, "value", value) for value in values]
+
+    scope = explorers.Microscope(model, transcoders, PROMPT)
+    yield "microscope: prompt", settings(scope.prompt, OTHER, PROMPT)
+    yield "microscope: token", settings(scope.token, 8, 12)
+    yield "microscope: layer", settings(scope.layer, 0, 2)
+    yield "microscope: feature", settings(scope.feature, *[value for _, value in scope.feature.options[1:3]])
+
+    browser = explorers.Browser(model, transcoders, summary)
+    yield "browser: frequency", settings(browser.range, (0.0, 1e-3), (0.0, 1.0))
+    yield "browser: feature", settings(browser.list, *[value for _, value in browser.list.options[1:3]])
+    browser.query.value, browser.by.value = "war", "token"
+    yield "browser: token", settings(browser.query, "reign", "war")
+    browser.query.value, browser.by.value = "year", "latent"
+    yield "browser: latent", settings(browser.query, "noun", "year")
+    browser.by.value = "similarity"
+    yield "browser: similarity", settings(browser.number, 606, 892)
+
+    walker = explorers.Walker(model, transcoders, PROMPT, "45", "20")
+    yield "walker: prompt", settings(walker.prompt, PROMPT.replace("war", "siege"), PROMPT)
+    yield "walker: source", settings(walker.source, *[value for _, value in walker.source.options[1:3]])
+    yield "walker: down and up", [walker.down.click, walker.up.click]
+
+    editor = explorers.Editor(model, transcoders, PROMPT, "45", "20")
+    yield "editor: prompt", settings(editor.prompt, PROMPT.replace("war", "siege"), PROMPT)
+    yield "editor: threshold", settings(editor.share, 0.02, 0.05)
+    yield "editor: nodes drawn", settings(editor.top, 30, 15)
+    editor.nodes.value = [name for _, name in editor.nodes.options if name.startswith("mlp")][:4]
+    yield "editor: pin", [editor.pin.click]
+    yield "editor: group and ungroup", [editor.join.click, editor.split.click]
+    yield "editor: take out four", [editor.out.click]
+    if not editor.gone:
+        editor.out.click()
+    yield "editor: held or free", settings(editor.held, "all else frozen", "all else answers")
+
+    weights = explorers.Weights(transcoders, index, 2, 892)
+    yield "weights: feature", settings(weights.feature, 606, 892)
+    yield "weights: sources", settings(weights.source, 0, 1)
+    yield "weights: weighting", settings(weights.by, "input_x_gradient", "target_weighted")
+
+    lab = explorers.Lab(model, transcoders)
+    yield "lab: YY", settings(lab.year, 60, 35)
+    yield "lab: units kept", settings(lab.kept, 4, 16)
+    yield "lab: taken out", settings(lab.out, tuple(lab.ranked[:2].tolist()), ())
+    yield "lab: units", settings(lab.units, "neurons", "features")
+    yield "lab: MLP", settings(lab.layer, 1, 2)
+    yield "lab: noun", settings(lab.noun, *lab.noun.options[1:4])
+
+
+def measure(*parts, repeats: int = REPEATS) -> pd.DataFrame:
+    """Milliseconds of each interaction: the ``best``, ``median`` and ``worst`` of its moves; ``cpu`` is the
+    median time on the processor, which other work on the machine hardly changes."""
+    rows = {}
+    for name, moves in interactions(*parts):
+        times = []
+        for move in moves * repeats:
+            start = time.perf_counter(), time.process_time()
+            move()
+            times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        wall, cpu = 1000 * pd.DataFrame(times, columns=["wall", "cpu"]).T.to_numpy()
+        rows[name] = {"best": wall.min(), "median": np.median(wall), "worst": wall.max(), "cpu": np.median(cpu)}
+    return pd.DataFrame(rows).T
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        table = measure(*set_up(Path(folder)))
+    print(table.round(0).astype(int).to_string())
+    slowest = table["cpu"].idxmax()
+    tc.headline("slowest interaction, median milliseconds of CPU", f"{table['cpu'].max():.0f} ({slowest})")

@@ -1,0 +1,271 @@
+"""Hypotheses as rules: a rule says at which tokens of any text a feature should fire, so it can be wrong.
+
+Token sets, regular expressions, relations between positions, and latents of the generator, combined with ``&``, ``|``
+and ``~``. `parse` reads one from a line of text. `score` compares a rule with activations: precision, recall, F1 and
+the correlation of rule and activation, each with an interval over rows and beside chance.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from transformer_lens.model_bridge import TransformerBridge
+
+from tclib.text import LabelledText
+
+Hits = Bool[np.ndarray, "row pos"]
+MEASURES = ["precision", "recall", "f1", "correlation"]
+GRAMMAR = "tokens: a| b   tokens@-1: was| were   before 5: (   regex: \\d\\d;   latent: citation.semicolon"
+
+
+@dataclass(frozen=True)
+class Words:
+    """A text as rules read it. ``scored`` is False at BOS, which no rule and no score looks at."""
+
+    tokens: np.ndarray  # [row, pos] of str; BOS reads as a line break
+    latents: np.ndarray  # [row, pos] of str
+    scored: Hits
+
+
+def words(model: TransformerBridge, text: LabelledText) -> Words:
+    """The strings of a text's tokens, beside its latents."""
+    ids, places = np.unique(text.tokens.cpu().numpy(), return_inverse=True)
+    bos = model.tokenizer.bos_token_id
+    strings = np.array(["\n" if i == bos else model.tokenizer.decode([i]) for i in ids.tolist()], dtype=object)
+    return Words(strings[places].reshape(text.tokens.shape), text.latents, text.tokens.cpu().numpy() != bos)
+
+
+class Rule:
+    """What is claimed of a feature. Combine rules with ``&``, ``|`` and ``~``."""
+
+    def hits(self, text: Words) -> Hits:
+        """At which tokens the feature should fire; never at BOS."""
+        return self._holds(text) & text.scored
+
+    def _holds(self, text: Words) -> Hits:
+        raise NotImplementedError
+
+    def __and__(self, other: Rule) -> Rule:
+        return _Both(self, other)
+
+    def __or__(self, other: Rule) -> Rule:
+        return _Either(self, other)
+
+    def __invert__(self) -> Rule:
+        return _Not(self)
+
+
+class Tokens(Rule):
+    """The token ``offset`` places from here (0: this one, -1: the one before) is one of these."""
+
+    def __init__(self, *tokens: str, offset: int = 0):
+        if not tokens:
+            raise ValueError("a token set needs at least one token")
+        self.tokens, self.offset = tokens, offset
+
+    def _holds(self, text: Words) -> Hits:
+        return _shifted(np.isin(text.tokens, self.tokens), self.offset)
+
+    def __str__(self) -> str:
+        return f"tokens{f'@{self.offset}' if self.offset else ''}: {'|'.join(self.tokens)}"
+
+
+class Before(Rule):
+    """One of these tokens is among the ``within`` tokens before this one: a relation between positions."""
+
+    def __init__(self, within: int, *tokens: str):
+        if within < 1 or not tokens:
+            raise ValueError(f"within = {within}: look back at least one token, for at least one token")
+        self.within, self.tokens = within, tokens
+
+    def _holds(self, text: Words) -> Hits:
+        there = np.isin(text.tokens, self.tokens)
+        return np.any([_shifted(there, -back) for back in range(1, self.within + 1)], axis=0)
+
+    def __str__(self) -> str:
+        return f"before {self.within}: {'|'.join(self.tokens)}"
+
+
+class Regex(Rule):
+    """The text matches this regular expression, and the match ends inside this token. A row is one text."""
+
+    def __init__(self, pattern: str):
+        try:
+            self.pattern = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+
+    def _holds(self, text: Words) -> Hits:
+        found = np.zeros(text.tokens.shape, dtype=bool)
+        for row, tokens in enumerate(text.tokens):
+            ends = np.cumsum([len(token) for token in tokens])
+            last = [match.end() - 1 for match in self.pattern.finditer("".join(tokens)) if match.end() > match.start()]
+            found[row, np.searchsorted(ends, last, side="right")] = True
+        return found
+
+    def __str__(self) -> str:
+        return f"regex: {self.pattern.pattern}"
+
+
+class Latent(Rule):
+    """The generator's latent of this token, or with ``"next ..."`` of the token after it, has this name.
+
+    A part of a dotted name counts: ``"citation"`` holds at ``"citation.year"``.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def _holds(self, text: Words) -> Hits:
+        wanted = self.name.removeprefix("next ")
+        known = {label: wanted == label or wanted in label.split(".") for label in np.unique(text.latents.astype(str))}
+        if not any(known.values()):
+            raise ValueError(f"the text has no latent {wanted!r}: it has {', '.join(sorted(known))}")
+        there = np.vectorize(known.get, otypes=[bool])(text.latents.astype(str))
+        return _shifted(there, 1) if self.name.startswith("next ") else there
+
+    def __str__(self) -> str:
+        return f"latent: {self.name}"
+
+
+@dataclass(frozen=True)
+class _Both(Rule):
+    first: Rule
+    second: Rule
+
+    def _holds(self, text: Words) -> Hits:
+        return self.first._holds(text) & self.second._holds(text)
+
+    def __str__(self) -> str:
+        return f"{self.first} && {self.second}"
+
+
+@dataclass(frozen=True)
+class _Either(Rule):
+    first: Rule
+    second: Rule
+
+    def _holds(self, text: Words) -> Hits:
+        return self.first._holds(text) | self.second._holds(text)
+
+    def __str__(self) -> str:
+        return f"{self.first} || {self.second}"
+
+
+@dataclass(frozen=True)
+class _Not(Rule):
+    rule: Rule
+
+    def _holds(self, text: Words) -> Hits:
+        return ~self.rule._holds(text)
+
+    def __str__(self) -> str:
+        return f"!{self.rule}"
+
+
+def parse(line: str) -> Rule:
+    """A rule from one line: clauses as in `GRAMMAR`, joined by ``&&`` or ``||`` (``&&`` binds first), ``!`` negates.
+
+    Tokens are separated by ``|`` and their spaces count: ``" was"`` is another token than ``"was"``.
+
+    Raises:
+        ValueError: a clause that is none of these.
+    """
+    whole = None
+    for alternative in line.split(" || "):
+        rule = None
+        for clause in alternative.split(" && "):
+            part = _clause(clause)
+            rule = part if rule is None else rule & part
+        whole = rule if whole is None else whole | rule
+    return whole
+
+
+def _clause(clause: str) -> Rule:
+    if clause.lstrip().startswith("!"):
+        return ~_clause(clause.lstrip()[1:])
+    match = re.match(r"\s*(tokens|before|regex|latent)(?:@([+-]?\d+)| (\d+))?: (.+)", clause, re.DOTALL)
+    kind, offset, within, body = match.groups() if match else (None,) * 4
+    if kind == "tokens" and not within:
+        return Tokens(*body.split("|"), offset=int(offset or 0))
+    if kind == "before" and within:
+        return Before(int(within), *body.split("|"))
+    if kind in ("regex", "latent") and not (offset or within):
+        return Regex(body) if kind == "regex" else Latent(body.strip())
+    raise ValueError(f"{clause!r} is no clause of a rule; clauses look like this: {GRAMMAR}")
+
+
+def score(
+    rule: Rule,
+    text: Words,
+    activations: Float[np.ndarray, "row pos"],
+    replicates: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How well a rule tells when a feature fires, over all tokens but BOS.
+
+    ``precision`` is the share of the rule's tokens on which the feature fires (z > 0), ``recall`` the share of its
+    firing that the rule names, ``correlation`` Pearson's between rule (0 or 1) and activation z. Chance is the same
+    rule moved along the text by random numbers of tokens: as many hits, in the same bursts, in the wrong places.
+
+    Args:
+        replicates: of the bootstrap over rows (intervals), and as many moves for chance.
+
+    Returns:
+        By measure: ``value``, ``low`` and ``high`` (95%), ``chance`` (mean) and ``chance_high`` (97.5%). A measure
+        that does not exist, as the precision of a rule that never holds, is 0.
+
+    Raises:
+        ValueError: shapes that differ, or a feature that never fires on this text.
+    """
+    if activations.shape != text.tokens.shape:
+        raise ValueError(f"activations have shape {activations.shape}, but the text {text.tokens.shape}")
+    z, hits, scored = activations * text.scored, rule.hits(text), text.scored
+    if not (z > 0).any():
+        raise ValueError("the feature never fires on this text: give more text")
+    generator = np.random.default_rng(seed)
+    weights = generator.poisson(1.0, (replicates, len(z)))
+    by_row = _sums(hits, z, scored)  # [row, sum]
+    bootstrap = _measures(weights @ by_row)
+    flat, count = hits[scored], int(scored.sum())
+    chance = np.zeros((replicates, by_row.shape[1]))
+    for replicate, steps in enumerate(generator.integers(1, max(count, 2), replicates)):
+        chance[replicate] = _sums(np.roll(flat, steps)[None], z[scored][None], np.ones((1, count), bool))[0]
+    chance = _measures(chance)
+    columns = {
+        "value": _measures(by_row.sum(0)[None])[0],
+        "low": np.quantile(bootstrap, 0.025, axis=0),
+        "high": np.quantile(bootstrap, 0.975, axis=0),
+        "chance": chance.mean(0),
+        "chance_high": np.quantile(chance, 0.975, axis=0),
+    }
+    return pd.DataFrame(columns, index=pd.Index(MEASURES, name="measure"))
+
+
+def _sums(hits: Hits, z: np.ndarray, scored: Hits) -> Float[np.ndarray, "row sum"]:
+    fires = z > 0
+    parts = [scored, hits, fires, hits & fires, z, z * z, z * hits]
+    return np.stack([part.sum(1, dtype=float) for part in parts], axis=1)
+
+
+def _measures(sums: Float[np.ndarray, "case sum"]) -> Float[np.ndarray, "case measure"]:
+    n, h, f, both, z, zz, zh = sums.T
+    spread = np.sqrt(np.maximum(n * h - h * h, 0) * np.maximum(n * zz - z * z, 0))
+    ratios = [(both, h), (both, f), (2 * both, h + f), (n * zh - h * z, spread)]
+    return np.stack([np.divide(a, b, out=np.zeros_like(b), where=b > 0) for a, b in ratios], axis=1)
+
+
+def _shifted(there: Hits, offset: int) -> Hits:
+    """Whether it holds ``offset`` places from here; False beyond the row."""
+    moved = np.zeros_like(there)
+    if offset == 0:
+        return there
+    if abs(offset) < there.shape[1]:
+        moved[:, max(0, -offset) : there.shape[1] - max(0, offset)] = there[
+            :, max(0, offset) : there.shape[1] + min(0, offset)
+        ]
+    return moved

@@ -1,0 +1,77 @@
+"""`python -m tclib sweep`: train and measure over a grid, on this machine or on a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tclib.cli.bootstrap import REPO
+from tclib.cli.run import literal
+from tclib.sweeping import NOTEBOOK, SMALL, sweep
+
+SHOWN = ["seconds", "l0", "fvu", "recovered", "reason"]
+
+
+def main(arguments: Sequence[str], repo: Path = REPO, notebook: Path = NOTEBOOK) -> int:
+    """Run the sweep; return 0, or 1 if a run failed, 2 if refused, 130 if interrupted."""
+    options = parse(arguments)
+    folder = (options.folder or repo / "runs" / "sweep").absolute()
+    try:
+        grid = with_axes(read_grid(options.grid), options.axes)
+        results = sweep(grid, folder, notebook, cluster=options.scheduler, progress=True)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nInterrupted: what is finished is kept in {folder}; the same command goes on.", file=sys.stderr)
+        return 130
+    axes = [name for name in dict.fromkeys(name for one in grid for name in one) if results[name].nunique() > 1]
+    shown = [name for name in SHOWN if name != "reason" or results["reason"].notna().any()]
+    print(results[[*axes, *shown]].to_string(index=False, na_rep="", float_format="{:.4g}".format))
+    print(f'\nDraw it:  python -m tclib run --only 07 -p results "{folder}"')
+    return int(results["reason"].notna().any())
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; exits with argparse's message if it is malformed."""
+    parser = argparse.ArgumentParser(prog="python -m tclib sweep", allow_abbrev=False)
+    parser.add_argument(
+        "--grid", type=Path, help="JSON file: {parameter: [values]}, or a list of such (default: 12 runs)"
+    )
+    parser.add_argument("--folder", type=Path, help="where the results are kept (default: runs/sweep)")
+    parser.add_argument("--scheduler", help="address of a running Dask scheduler (default: this machine)")
+    parser.add_argument(
+        "-p",
+        dest="axes",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUES"),
+        help='one value or a list for every run, such as -p seed "[0, 1, 2]"; may be repeated',
+    )
+    return parser.parse_args(arguments)
+
+
+def read_grid(file: Path | None) -> list[dict[str, Any]]:
+    """The grids of a file; without one, the small sweep. Raises ValueError if it is not a grid."""
+    if file is None:
+        return SMALL
+    try:
+        grid = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{file} cannot be read as a grid ({error}): write JSON such as {{"k": [8, 16]}}') from None
+    grids = grid if isinstance(grid, list) else [grid]
+    if not all(isinstance(one, dict) for one in grids):
+        raise ValueError(f'{file} is not a grid: write JSON such as {{"k": [8, 16]}}, or a list of such')
+    return grids
+
+
+def with_axes(grids: Sequence[dict[str, Any]], given: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The grids with axes from the command line, which replace those of the same name."""
+    values = {name: literal(text) for name, text in given}
+    axes = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    return [{**one, **axes} for one in grids]

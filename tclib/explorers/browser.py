@@ -1,0 +1,223 @@
+"""The feature browser: features by token, latent, frequency or similarity, and what is known of the chosen one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ipywidgets as w
+import pandas as pd
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from tclib.connections import logit_lens
+from tclib.explorers.base import TEXT, Explorer, bars, paper, replace_options, shown
+from tclib.index.search import by_similarity
+from tclib.index.summary import Summary
+from tclib.model import token_strings
+from tclib.tracing import Trace, trace
+from tclib.transcoder import Transcoder
+from tclib.views import highlighted
+
+WAYS = ("frequency", "token", "latent", "similarity")
+MOST = 200  # features listed
+BEFORE, AFTER = 14, 5  # tokens of an example's context
+TOP = 6  # tokens promoted, and as many suppressed
+
+
+def of_layer(summary: Summary, layer: int) -> pd.DataFrame:
+    """The features of a layer by index, dead ones too. Raises ValueError for a layer that the summary lacks."""
+    table = summary.features[summary.features["layer"] == layer]
+    if table.empty:
+        known = sorted(summary.features["layer"].unique().tolist())
+        raise ValueError(f"layer {layer} is not in this summary, which has layers {known}")
+    return table.set_index("feature")
+
+
+def by_frequency(summary: Summary, layer: int, low: float = 0.0, high: float = 1.0) -> pd.DataFrame:
+    """Features that fire on this share of tokens, the most frequent first."""
+    table = of_layer(summary, layer)
+    inside = table[table["frequency"].between(low, high)].sort_values("frequency", ascending=False, kind="stable")
+    return _found(inside, f"fires on {low:.3%} to {high:.3%} of tokens: widen the range")
+
+
+def by_token(model: TransformerBridge, summary: Summary, layer: int, text: str) -> pd.DataFrame:
+    """Features that fire on this token more than on any other, largest ``token_share`` first.
+
+    A word is looked up with a space before it too, as it stands inside a sentence.
+    """
+    if not text.strip():
+        raise ValueError("the search is empty: type a token, for example 'war'")
+    ids = [
+        ids[0] for t in (text, f" {text}") if len(ids := model.tokenizer(t, add_special_tokens=False).input_ids) == 1
+    ]
+    if not ids:
+        pieces = [model.tokenizer.decode([i]) for i in model.tokenizer(text, add_special_tokens=False).input_ids]
+        raise ValueError(f"{text!r} is several tokens: search for one of {pieces}")
+    table = of_layer(summary, layer)
+    found = table[table["token"].isin(ids)].sort_values("token_share", ascending=False, kind="stable")
+    return _found(found, f"fires mostly on {text!r}: try another token or layer")
+
+
+def by_latent(summary: Summary, layer: int, text: str) -> pd.DataFrame:
+    """Features whose firing predicts a latent of this name (or with this in its name) best, largest ``f1`` first."""
+    if not text.strip():
+        raise ValueError("the search is empty: type a part of a latent's name")
+    table = of_layer(summary, layer)
+    if table["latent"].isna().all():
+        raise ValueError("this summary has no latents: its text was not labelled")
+    found = table[table["latent"].str.contains(text, regex=False, na=False)]
+    names = ", ".join(table["latent"].dropna().unique()[:5])
+    found = found.sort_values("f1", ascending=False, kind="stable")
+    return _found(found, f"has a latent with {text!r} in its name: there are {names}, ...")
+
+
+def similar(
+    transcoders: Mapping[int, Transcoder], summary: Summary, layer: int, feature: int, k: int = 20
+) -> pd.DataFrame:
+    """Features that write in the most similar direction, with their ``cosine``."""
+    table = of_layer(summary, layer)
+    near = by_similarity(transcoders[layer], feature, k).set_index("feature")["cosine"]
+    return table.loc[near.index].assign(cosine=near)
+
+
+def examples(model: TransformerBridge, summary: Summary, layer: int, feature: int) -> pd.DataFrame:
+    """The examples of a feature in their context: ``band`` (0: strongest), ``activation``, ``tokens``, ``centre``."""
+    chosen = summary.examples.query("layer == @layer and feature == @feature")
+    rows = []
+    for e in chosen.itertuples():
+        start = max(0, e.position - BEFORE)
+        ids = summary.tokens[e.row, start : e.position + AFTER + 1].astype(int)
+        rows.append((e.band, e.activation, token_strings(model, torch.tensor(ids)), e.position - start))
+    return pd.DataFrame(rows, columns=["band", "activation", "tokens", "centre"])
+
+
+def card(traced: Trace, summary: Summary, layer: int, feature: int) -> str:
+    """A feature as HTML: how often it fires and on what, examples of all strengths, and what it promotes.
+
+    Args:
+        traced: of any prompt; only its weights are read.
+
+    Raises:
+        ValueError: no such feature.
+    """
+    table = of_layer(summary, layer)
+    if feature not in table.index:
+        raise ValueError(f"feature {feature} is outside layer {layer}, which has {len(table)} features")
+    row, lens = table.loc[feature], logit_lens(traced, layer, feature)
+    ends = pd.concat([lens.head(TOP), lens.tail(TOP)])
+    promoted = bars([(shown(t), v) for t, v in ends.items()], "tokens it promotes and suppresses", "logit lens")
+    name = f"<b>mlp{layer}[{feature}]</b> {_told(traced.model, row, summary)}"
+    head = f'<div style="color: {TEXT}; line-height: 1.4">{name}</div>'
+    found = examples(traced.model, summary, layer, feature)
+    largest = found["activation"].max() if len(found) else 0.0
+    lines = []
+    for e in found.itertuples():
+        marked = [0.0] * len(e.tokens)
+        marked[e.centre] = e.activation
+        name = "strongest" if e.band == 0 else f"band {e.band}"
+        text = highlighted(
+            [t.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}") for t in e.tokens], marked, largest
+        )
+        cell = "color: black; padding: 0 6px; vertical-align: top"
+        lines.append(
+            f'<tr><th scope="row" style="{cell}; text-align: left; font-weight: normal">{name}</th>'
+            f'<td style="{cell}; text-align: right">{e.activation:.2f}</td><td style="{cell}">{text}</td></tr>'
+        )
+    told = "examples; the token it fired on is marked, darker where it fired more strongly"
+    body = f'<table style="font-size: 12px"><caption style="text-align: left">{told}</caption>{"".join(lines)}</table>'
+    return head + (paper(body) if lines else "") + promoted
+
+
+def _told(model: TransformerBridge, row: pd.Series, summary: Summary) -> str:
+    tokens = summary.about["tokens"]
+    if not row["count"]:
+        return f"never fired on the {tokens:,} tokens of the summary; what follows is read from its weights alone."
+    most = shown(token_strings(model, torch.tensor([int(row["token"])]))[0])
+    parts = [
+        f"fired on {row['count']:,} of {tokens:,} tokens ({row['frequency']:.3%}), at most {row['max']:.2f}",
+        f"most often on {most} ({row['token_share']:.0%})",
+    ]
+    if isinstance(row["latent"], str):
+        parts.append(f"its firing predicts the latent {row['latent']!r} best (F1 {row['f1']:.2f})")
+    return "; ".join(parts) + "."
+
+
+def _found(table: pd.DataFrame, nothing: str) -> pd.DataFrame:
+    if table.empty:
+        raise ValueError(f"no feature of this layer {nothing}")
+    return table
+
+
+class Browser(Explorer):
+    """A way to search, what to search for, the list that fits, and the chosen feature's card."""
+
+    def __init__(self, model: TransformerBridge, transcoders: dict[int, Transcoder], summary: Summary):
+        self.model, self.transcoders, self.summary = model, transcoders, summary
+        self.traced = trace(model, transcoders, torch.tensor([model.tokenizer.bos_token_id]))
+        short = w.Layout(width="200px")
+        layers = sorted(transcoders)
+        self.layer = w.Dropdown(options=layers, value=layers[-1], description="layer", layout=short)
+        self.by = w.ToggleButtons(options=WAYS, description="search by", style={"button_width": "auto"})
+        self.query = w.Text(
+            "",
+            description="for",
+            placeholder="a token or a latent",
+            continuous_update=False,
+            layout=w.Layout(width="280px"),
+        )
+        powers = [("0", 0.0), *((f"1/{10**n:,}" if n else "1", 10.0**-n) for n in range(5, -1, -1))]
+        self.range = w.SelectionRangeSlider(
+            options=powers, index=(0, len(powers) - 1), description="share", continuous_update=False
+        )
+        self.number = w.IntText(0, description="feature", continuous_update=False, layout=short)
+        self.list = w.Select(description="found", rows=18, layout=w.Layout(width="330px"))
+        self.card = w.HTML(layout=w.Layout(flex="1 1 480px"))
+        controls = [(self.by, self.layer), (self.query, self.range, self.number)]
+        super().__init__("Feature browser", controls, [self.list, self.card])
+        self.watch(self._search, self.layer, self.by, self.query, self.range)
+        self.watch(self._number, self.number)
+        self.watch(self._choose, self.list)
+        self.start(self._search)
+
+    def found(self) -> pd.DataFrame:
+        """The features that fit the controls."""
+        layer, by = self.layer.value, self.by.value
+        if by == "frequency":
+            return by_frequency(self.summary, layer, *self.range.value)
+        if by == "token":
+            return by_token(self.model, self.summary, layer, self.query.value)
+        if by == "latent":
+            return by_latent(self.summary, layer, self.query.value)
+        return similar(self.transcoders, self.summary, layer, self.number.value)
+
+    def _search(self) -> str:
+        on = {"frequency": self.range, "similarity": self.number}.get(self.by.value, self.query)
+        for control in (self.query, self.range):
+            control.disabled = control is not on
+        table = self.found()
+        note = {"token": "token_share", "latent": "f1", "similarity": "cosine"}.get(self.by.value, "frequency")
+        options = [
+            (f"[{feature}]  {note.replace('_', ' ')} {value:.3g}", feature)
+            for feature, value in table[note].head(MOST).items()
+        ]
+        replace_options(self.list, options)
+        self._card(self.list.value)
+        listed = f", the first {MOST} are listed" if len(table) > MOST else ""
+        return f"{len(table)} of {len(of_layer(self.summary, self.layer.value))} features fit{listed}."
+
+    def _number(self) -> str:
+        if self.by.value == "similarity":
+            return self._search()
+        return self._card(self.number.value)
+
+    def _choose(self) -> str:
+        if self.list.value is None:
+            return "Nothing is chosen."
+        if self.by.value != "similarity":
+            self.number.value = self.list.value
+        return self._card(self.list.value)
+
+    def _card(self, feature: int) -> str:
+        self.card.value = card(self.traced, self.summary, self.layer.value, feature)
+        count = of_layer(self.summary, self.layer.value).loc[feature, "count"]
+        return "" if count else f"mlp{self.layer.value}[{feature}] never fired: only its weights speak."

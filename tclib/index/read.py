@@ -1,0 +1,148 @@
+"""One feature out of an index: pure functions of (index, layer, feature), each well under a millisecond.
+
+Rows and positions count within the index; tokens are token ids, which `tclib.model.token_strings` makes readable. A
+feature that never fired raises `NeverFired`, of which `count` alone is free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float16, Float32, Int, Int32
+
+from tclib.index.store import Index
+
+
+def count(index: Index, layer: int, feature: int) -> int:
+    """On how many tokens the feature fired."""
+    offsets = index.layer_offsets(layer)
+    if not 0 <= feature < len(offsets) - 1:
+        raise ValueError(f"feature {feature} is outside layer {layer}, which has {len(offsets) - 1} features")
+    return int(offsets[feature + 1] - offsets[feature])
+
+
+def histogram(index: Index, layer: int, feature: int, bins: int = 30) -> pd.DataFrame:
+    """The feature's activations in equal intervals from 0 to its largest: ``low``, ``high``, ``count``."""
+    below = _counts_below(index.entries(layer, feature)[1])
+    largest = _ACTIVATIONS[np.searchsorted(below, below[-1]) - 1]
+    edges = np.linspace(0, largest, bins + 1)
+    counts = below[np.searchsorted(_ACTIVATIONS, edges)]
+    counts[-1] = below[-1]  # the last interval holds its upper end
+    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "count": np.diff(counts)})
+
+
+def top(index: Index, layer: int, feature: int, k: int = 20) -> pd.DataFrame:
+    """The k strongest activations: ``row``, ``position``, ``token``, ``activation``. Ties in reading order."""
+    positions, values = index.entries(layer, feature)
+    k, codes, below = min(k, len(values)), values.view(np.int16), _counts_below(values)
+    least = _code_of_rank(below, len(values) - k)
+    sure = np.flatnonzero(codes > least)
+    chosen = np.concatenate([sure, np.flatnonzero(codes == least)[: k - len(sure)]])
+    chosen = chosen[np.argsort(-codes[chosen].astype(np.int32), kind="stable")]
+    return _table(index, positions[chosen], values[chosen])
+
+
+def bands(index: Index, layer: int, feature: int, n: int = 5, each: int = 3, seed: int = 0) -> pd.DataFrame:
+    """Examples from all over the feature's range: its activations, in order of strength, are cut into n bands of equal
+    number, and ``each`` are drawn from every band.
+
+    Returns:
+        ``band`` (1 is the strongest), ``low`` and ``high`` (weakest and strongest activation of the band), ``row``,
+        ``position``, ``token``, ``activation``; strongest first.
+    """
+    positions, values = index.entries(layer, feature)
+    codes, below = values.view(np.int16), _counts_below(values)
+    n = min(n, len(values))
+    edges = np.linspace(0, len(values), n + 1).astype(int)
+    draw = np.random.default_rng([seed, layer, feature])
+    ranks, rows = [], []
+    for band, (start, stop) in enumerate(zip(edges[:-1][::-1], edges[1:][::-1], strict=True), 1):
+        drawn = start + draw.choice(stop - start, min(each, stop - start), replace=False)
+        low, high = (_ACTIVATIONS[_code_of_rank(below, rank)] for rank in (start, stop - 1))
+        ranks += sorted(drawn.tolist(), reverse=True)
+        rows += [(band, low, high)] * len(drawn)
+    wanted = np.array([_code_of_rank(below, rank) for rank in ranks])
+    possible = np.flatnonzero(np.bincount(wanted, minlength=len(_ACTIVATIONS)).astype(bool)[codes])
+    possible = possible[np.argsort(codes[possible], kind="stable")]  # by strength, then in reading order
+    first = np.searchsorted(codes[possible], wanted)
+    chosen = possible[first + np.array(ranks) - below[wanted]]
+    band, low, high = zip(*rows, strict=True)
+    return _table(index, positions[chosen], values[chosen], band=band, low=low, high=high)
+
+
+def top_tokens(index: Index, layer: int, feature: int, k: int = 10) -> pd.DataFrame:
+    """The tokens on which the feature fires most often.
+
+    Returns:
+        ``token``, ``count``, ``share`` (of the feature's activations), ``of_token`` (how much of the token's
+        occurrences the feature fires on), ``mean`` (activation there).
+    """
+    positions, values = index.entries(layer, feature)
+    tokens = index.flat_tokens[positions]
+    counts = np.bincount(tokens)
+    present = np.flatnonzero(counts)
+    if len(present) > k:
+        least = np.partition(counts[present], len(present) - k)[len(present) - k]
+        present = present[counts[present] >= least]
+    chosen = present[np.argsort(-counts[present], kind="stable")[:k]]
+    means = [values[tokens == token].mean(dtype=np.float32) for token in chosen]
+    return pd.DataFrame(
+        {
+            "token": chosen,
+            "count": counts[chosen],
+            "share": counts[chosen] / len(tokens),
+            "of_token": counts[chosen] / index.token_counts[chosen],
+            "mean": means,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Context:
+    """A stretch of text around one activation."""
+
+    tokens: Int32[np.ndarray, " pos"]
+    activations: Float32[np.ndarray, " pos"]  # of the feature, at every token of the stretch
+    centre: int  # where in the stretch the example stands
+
+
+def context(
+    index: Index, layer: int, feature: int, row: int, position: int, before: int = 12, after: int = 5
+) -> Context:
+    """The tokens around a position of a row, with the feature's activation at each.
+
+    Raises:
+        ValueError: no such row or position.
+    """
+    if not (0 <= row < len(index.tokens) and 0 <= position < index.width):
+        raise ValueError(f"row {row}, position {position}: the index has {len(index.tokens)} rows of {index.width}")
+    start, stop = max(0, position - before), min(index.width, position + after + 1)
+    positions, values = index.entries(layer, feature)
+    low, high = np.searchsorted(positions, [row * index.width + start, row * index.width + stop])
+    activations = np.zeros(stop - start, np.float32)
+    activations[positions[low:high] - row * index.width - start] = values[low:high]
+    return Context(index.tokens[row, start:stop], activations, position - start)
+
+
+# Every activation that float16 can hold, ascending; their bits, read as integers, count them from 0.
+_ACTIVATIONS = np.arange(0x7C00, dtype=np.int16).view(np.float16).astype(np.float32)
+
+
+def _counts_below(values: Float16[np.ndarray, " entry"]) -> Int[np.ndarray, " code+1"]:
+    """How many activations are smaller than each that float16 can hold: a sorted list in all but name."""
+    below = np.zeros(len(_ACTIVATIONS) + 1, int)
+    np.cumsum(np.bincount(values.view(np.int16), minlength=len(_ACTIVATIONS)), out=below[1:])
+    return below
+
+
+def _code_of_rank(below: np.ndarray, rank: int) -> int:
+    """The bits of the activation with this many smaller or equal ones before it."""
+    return int(np.searchsorted(below, rank, side="right")) - 1
+
+
+def _table(index: Index, positions: np.ndarray, values: np.ndarray, **columns) -> pd.DataFrame:
+    row, position = np.divmod(positions, index.width)
+    columns |= {"row": row, "position": position, "token": index.flat_tokens[positions]}
+    return pd.DataFrame(columns | {"activation": values.astype(np.float32)})

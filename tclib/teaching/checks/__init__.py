@@ -1,0 +1,36 @@
+"""One check per exercise. Each takes the student's function or value and finds the right one by another route."""
+
+from tclib.teaching.checks.blind import blind_rule, keys_too, moved_rule
+from tclib.teaching.checks.circuits import invariant, through_head, two_tokens
+from tclib.teaching.checks.evaluation import auroc, fvu_in_pieces, paired_interval, recovered_from_mean
+from tclib.teaching.checks.features import promoted, tokens_needed, two_shares
+from tclib.teaching.checks.greater_than import backward_difference, keep_live, moving_head, warmer
+from tclib.teaching.checks.search import attention_moves, path_contribution, removal
+from tclib.teaching.checks.training import best_activation, dodge, fold, forward
+
+__all__ = [
+    "attention_moves",
+    "auroc",
+    "backward_difference",
+    "best_activation",
+    "blind_rule",
+    "dodge",
+    "fold",
+    "forward",
+    "fvu_in_pieces",
+    "invariant",
+    "keep_live",
+    "keys_too",
+    "moved_rule",
+    "moving_head",
+    "paired_interval",
+    "path_contribution",
+    "promoted",
+    "recovered_from_mean",
+    "removal",
+    "through_head",
+    "tokens_needed",
+    "two_shares",
+    "two_tokens",
+    "warmer",
+]

@@ -1,0 +1,105 @@
+"""What a check says: one line if the answer is right; else what was tried, expected, came back, and the usual cause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class NotYet(AssertionError):
+    """An answer that is not right yet. Shown without its traceback in Jupyter."""
+
+    def _render_traceback_(self) -> list[str]:
+        # IPython prints these lines in place of the traceback, which would bury them.
+        return [str(self)]
+
+
+def accept(tried: str) -> None:
+    """Print the one line of a right answer."""
+    print(f"correct: {tried}")
+
+
+def reject(tried: str, expected: str, came_back: str, cause: str) -> NoReturn:
+    """Raise `NotYet` with the four things that a student needs to know."""
+    raise NotYet(
+        f"not yet\n  tried:       {tried}\n  expected:    {expected}\n"
+        f"  came back:   {came_back}\n  usual cause: {cause}"
+    )
+
+
+def call(answer: Callable | Any, tried: str, *arguments: Any) -> Any:
+    """The student's value, or what the student's function gives for ``arguments``.
+
+    Raises:
+        NotImplementedError: the exercise was not begun.
+        Exception: whatever the function raised, with a note that says how it was called.
+    """
+    if not callable(answer):
+        return answer
+    try:
+        return answer(*arguments)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        error.add_note(f"The check tried {tried}; the error is in the function that it was given.")
+        raise
+
+
+def judge(
+    tried: str, answer: Any, expected: Any, mistakes: Mapping[str, Any], otherwise: str, tolerance: float = 1e-4
+) -> None:
+    """Compare an answer with the expected value and with what typical mistakes would give.
+
+    Args:
+        tried: what the answer is about, in words.
+        answer: numbers or a tensor.
+        expected: the right value, from another route than the solution.
+        mistakes: cause -> the value to which it leads. The first that fits the answer is named.
+        otherwise: the cause to name if none fits.
+        tolerance: largest difference, as a share of the largest expected number.
+
+    Raises:
+        NotYet: the answer differs.
+    """
+    if answer is None:
+        reject(tried, shown(expected), "None", "the function does not return its result: end it with `return ...`")
+    try:
+        got = numbers(answer)
+    except (TypeError, ValueError, RuntimeError):
+        reject(tried, shown(expected), repr(answer)[:80], "the answer should be made of numbers")
+    if _same(got, numbers(expected), tolerance):
+        return accept(tried)
+    for cause, wrong in mistakes.items():
+        if _same(got, numbers(wrong), tolerance):
+            reject(tried, shown(expected), shown(got), cause)
+    if got.shape != numbers(expected).shape:
+        otherwise = "the shape: a sum over the wrong axis, or over none"
+    elif not got.isfinite().all():
+        otherwise = "a division by zero, or the logarithm of zero"
+    reject(tried, shown(expected), shown(got), otherwise)
+
+
+def numbers(value: Any) -> Tensor:
+    """Numbers, nested lists, arrays or tensors as one float64 tensor."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().double()
+    return torch.as_tensor(np.asarray(value, dtype=float))
+
+
+def shown(value: Any, most: int = 4) -> str:
+    """The first numbers of a value, and its shape if it has one."""
+    tensor = numbers(value)
+    first = ", ".join(f"{x:.4g}" for x in tensor.flatten()[:most].tolist())
+    if tensor.ndim == 0:
+        return first
+    more = ", ..." if tensor.numel() > most else ""
+    return f"{first}{more} (shape {tuple(tensor.shape)})"
+
+
+def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    scale = max(1e-12, float(b.abs().max())) if b.numel() else 1.0
+    return a.shape == b.shape and bool(((a - b).abs() <= tolerance * scale).all())

@@ -1,0 +1,357 @@
+"""Explorers in a real browser: JupyterLab in headless Chromium, driven by the keyboard; and Voila without a network.
+
+Needs Chromium and playwright: `pip install playwright`, then `playwright install chromium`, or a system's own
+Chromium, which is found by its name. Pictures are kept in build/screens/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO, notebook_dict
+
+pytestmark = pytest.mark.slow
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+
+SCREENS = REPO / "build" / "screens"
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+PROMPT = "The war lasted from the year 1732 to the year 17"
+CELLS = {
+    "set up": f"""
+import tempfile
+from pathlib import Path
+import tclib as tc
+from tclib import explorers, index
+lm, layers, prompt = tc.load_model(), tc.load_transcoders(), {PROMPT!r}
+folder = tempfile.TemporaryDirectory()
+where = index.build_index(lm, layers, tc.load_text(lm, "chronicle", 32), Path(folder.name) / "i")""",
+    "Prompt microscope": "explorers.Microscope(lm, layers, prompt)",
+    "Feature browser": "explorers.Browser(lm, layers, index.load_summary(lm, layers))",
+    "Attribution walker": 'explorers.Walker(lm, layers, prompt, "45", "20")',
+    "Circuit editor": 'explorers.Editor(lm, layers, prompt, "45", "20")',
+    "Weights explorer": "explorers.Weights(layers, where, 2, 892)",
+    "Greater-than laboratory": "explorers.Lab(lm, layers)",
+}
+# What a hand does: which labelled control, and the keys or the click.
+MOVES = {
+    "Prompt microscope": [
+        ("prompt", ["Control+a", "type:The siege lasted from 1545 to 15", "Enter"]),
+        ("active here", ["ArrowDown"]),
+        ("token", ["ArrowLeft", "ArrowLeft"]),
+        ("layer", ["ArrowUp"]),
+    ],
+    "Feature browser": [
+        ("found", ["ArrowDown"]),
+        ("feature", ["Control+a", "type:606", "Enter"]),
+        ("layer", ["ArrowUp"]),
+        ("search by", "click:latent"),
+        ("for", ["type:year", "Enter"]),
+    ],
+    "Attribution walker": [
+        ("source", ["ArrowDown"]),
+        ("", "click:down to it"),
+        ("", "click:up again"),
+        ("rather than", ["Control+a", "Backspace", "Enter"]),
+    ],
+    "Circuit editor": [
+        ("draw", ["ArrowLeft", "ArrowLeft", "ArrowLeft", "ArrowLeft"]),
+        ("nodes", ["Home", "ArrowDown", "ArrowDown", "Shift+ArrowDown", "Shift+ArrowDown", "Shift+ArrowDown"]),
+        ("", "click:group"),
+        ("", "click:take out / put back"),
+        ("measured:", "click:all else frozen"),
+    ],
+    "Weights explorer": [
+        ("feature", ["Control+a", "type:606", "Enter"]),
+        ("sources in", ["ArrowUp"]),
+        ("by text:", "click:mean input x gradient"),
+    ],
+    "Greater-than laboratory": [
+        ("YY", ["ArrowRight", "ArrowRight"]),
+        ("kept", ["ArrowLeft", "ArrowLeft"]),
+        ("taken out", ["Home", "ArrowDown"]),
+        ("units", "click:neurons"),
+    ],
+}
+# Choosing nodes draws nothing yet, and a search for nothing finds nothing.
+QUIET = {("Circuit editor", "nodes"), ("Feature browser", "search by")}
+WRONG = {
+    "Prompt microscope": ("prompt", ["Control+a", "Backspace", "Enter"], "the prompt is empty"),
+    "Feature browser": ("for", ["Control+a", "Backspace", "Enter"], "the search is empty"),
+    "Attribution walker": ("answer", ["Control+a", "type:no such token", "Enter"], "one token is needed"),
+    "Circuit editor": ("prompt", ["Control+a", "type:" + 130 * "war ", "Enter"], "reads at most 128"),
+    "Weights explorer": ("feature", ["Control+a", "type:99999", "Enter"], "is outside layer"),
+}
+DARK = {"theme": "JupyterLab Dark"}
+
+
+def chromium() -> str | None:
+    """A Chromium of the system, or None: then playwright's own is tried."""
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def serving(command: list[str], port: int, folder: Path) -> Iterator[None]:
+    """A server in a process of its own, until the block ends."""
+    home = {"JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data")}
+    env = {**os.environ, **home, "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": str(REPO)}
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=folder, start_new_session=True)
+        try:
+            for _ in range(240):
+                assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                time.sleep(0.25)
+            yield
+        finally:
+            if server.poll() is None:
+                stop(server, signal.SIGTERM)
+
+
+def stop(server: subprocess.Popen, how: int) -> None:
+    """End a server and what it started; one that still waits for a kernel is not waited for."""
+    os.killpg(server.pid, how) if os.name == "posix" else server.terminate()
+    try:
+        server.wait(15)
+    except subprocess.TimeoutExpired:
+        stop(server, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        try:
+            started = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        except sync_api.Error as error:
+            pytest.skip(f"there is no Chromium: install it, or `playwright install chromium` ({str(error)[:80]})")
+        yield started
+        started.close()
+
+
+@contextmanager
+def lab(browser, folder: Path, settings: dict | None = None):
+    """A page with the explorers' notebook in JupyterLab, all cells run; and what its console complained about."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nb.ipynb").write_text(json.dumps(notebook_dict([source.strip() for source in CELLS.values()])))
+    place = folder / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+    place.mkdir(parents=True)
+    (place / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+    if settings:
+        (place / "themes.jupyterlab-settings").write_text(json.dumps(settings))
+    port = free_port()
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
+    command += ["--ServerApp.token=", f"--ServerApp.root_dir={folder}", "--LabApp.news_url="]
+    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with serving(command, port, folder):
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        complaints: list[str] = []
+        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(f"http://127.0.0.1:{port}/doc/tree/nb.ipynb")
+        page.wait_for_selector(".jp-Notebook", timeout=60_000)
+        page.wait_for_timeout(3000)
+        for button in page.locator(".jp-Dialog button.jp-mod-accept").all():
+            button.click()
+        page.keyboard.press("Escape")
+        run_all(page)
+        last = page.get_by_text(list(CELLS)[-1], exact=True)
+        last.wait_for(timeout=120_000)
+        page.wait_for_timeout(1000)
+        yield page, complaints
+        page.close()
+
+
+def run_all(page) -> None:
+    page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
+    page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
+
+
+def frame_of(page, name: str):
+    """The box of an explorer."""
+    title = page.locator(".widget-html b", has_text=name)
+    return page.locator(".jp-OutputArea-output .widget-vbox", has=title).first
+
+
+def drawn(frame) -> str:
+    """All views of an explorer as one text."""
+    parts = frame.locator(".widget-html-content").evaluate_all("all => all.map(e => e.innerHTML)")
+    return "".join(part for part in parts if 'role="status"' not in part)
+
+
+def status(frame) -> str:
+    return frame.locator('[role="status"]').inner_text()
+
+
+def move(page, frame, label: str, what: list[str] | str) -> None:
+    """Move the control with this label by keyboard, or click the button with this text."""
+    if isinstance(what, str):
+        frame.locator("button", has_text=what.removeprefix("click:")).first.click()
+        return
+    control = frame.locator(f'xpath=.//label[normalize-space()="{label}"]/..')
+    control.locator("input, select, textarea, .noUi-handle").first.focus()
+    for key in what:
+        if key.startswith("type:"):
+            page.keyboard.insert_text(key.removeprefix("type:"))
+        else:
+            page.keyboard.press(key)
+
+
+def changes(frame, before: str) -> Callable[[], bool]:
+    return lambda: drawn(frame) != before
+
+
+def says(frame, sentence: str) -> Callable[[], bool]:
+    return lambda: sentence in status(frame)
+
+
+def comes(page, condition: Callable[[], bool]) -> bool:
+    """Whether the condition holds within ten seconds."""
+    for _ in range(100):
+        if condition():
+            return True
+        page.wait_for_timeout(100)
+    return False
+
+
+def test_explorers_in_jupyterlab(browser, tmp_path):
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    with lab(browser, tmp_path / "lab") as (page, complaints):
+        problems = []
+        for name, moves in MOVES.items():
+            frame = frame_of(page, name)
+            frame.scroll_into_view_if_needed()
+            frame.screenshot(path=SCREENS / f"{name.replace(' ', '_')}_light.png")
+            for label, what in moves:
+                before = drawn(frame)
+                move(page, frame, label, what)
+                if (name, label) not in QUIET and not comes(page, changes(frame, before)):
+                    problems.append(f"{name}: {label or what} changed nothing; {status(frame)}")
+                page.wait_for_timeout(300)
+                if "unexpected" in status(frame):
+                    problems.append(f"{name}: {label or what}: {status(frame)}")
+            if name in WRONG:
+                label, what, sentence = WRONG[name]
+                move(page, frame, label, what)
+                if not comes(page, says(frame, sentence)):
+                    problems.append(f"{name}: {label} should say {sentence!r}, not {status(frame)!r}")
+            frame.screenshot(path=SCREENS / f"{name.replace(' ', '_')}_moved.png")
+            width = frame.evaluate("e => [e.scrollWidth, e.clientWidth]")
+            if width[0] > width[1] + 1:
+                problems.append(f"{name} is wider than the page: {width}")
+        assert not problems, "\n".join(problems)
+        assert page.locator(".jp-OutputArea-output[data-mime-type*='error']").count() == 0
+        assert page.locator(".jp-mod-error, .jupyter-widgets-error-widget").count() == 0
+        mine = [text for text in complaints if not harmless(text)]
+        assert not mine, mine
+
+        frame = frame_of(page, "Attribution walker")
+        assert not frame.get_by_text("The kernel was restarted").is_visible()
+        page.locator(".lm-MenuBar-itemLabel", has_text="Kernel").first.click()
+        page.locator(".lm-Menu-itemLabel", has_text="Restart Kernel").first.click()
+        page.locator(".jp-Dialog button.jp-mod-warn, .jp-Dialog button.jp-mod-accept").last.click()
+        told = frame.get_by_text("The kernel was restarted")
+        told.wait_for(state="visible", timeout=20_000)
+        frame.screenshot(path=SCREENS / "restarted.png")
+
+
+def harmless(text: str) -> bool:
+    """What JupyterLab itself says, with or without explorers: a missing icon, a settings file that is not there yet."""
+    return "404" in text or "favicon" in text or "status of 4" in text
+
+
+def test_dark_theme(browser, tmp_path):
+    """The same page in the dark theme: text of the views stands out from what is behind it."""
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    with lab(browser, tmp_path / "lab", DARK) as (page, _):
+        assert page.locator('body[data-jp-theme-light="false"]').count() == 1
+        for name in MOVES:
+            frame = frame_of(page, name)
+            frame.scroll_into_view_if_needed()
+            frame.screenshot(path=SCREENS / f"{name.replace(' ', '_')}_dark.png")
+            faint = frame.evaluate(FAINTEST)
+            assert faint["ratio"] >= 4.5, f"{name}: {faint}"
+        page.set_viewport_size({"width": 980, "height": 1000})  # what JupyterLab's side bar leaves of 1280
+        page.wait_for_timeout(1000)
+        for name in MOVES:
+            width = frame_of(page, name).evaluate("e => [e.scrollWidth, e.clientWidth]")
+            assert width[0] <= width[1] + 1, f"{name} is wider than the page: {width}"
+        frame_of(page, "Circuit editor").screenshot(path=SCREENS / "Circuit_editor_narrow.png")
+
+
+# The smallest contrast between a text and the backgrounds behind it, by WCAG's formula.
+FAINTEST = """
+frame => {
+  const parse = c => (c.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+  const over = (top, below) => { const a = top[3] ?? 1; return [0, 1, 2].map(i => a * top[i] + (1 - a) * below[i]); };
+  const bent = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = c => { const l = c.slice(0, 3).map(bent);
+    return 0.2126 * l[0] + 0.7152 * l[1] + 0.0722 * l[2]; };
+  let worst = {ratio: 99};
+  for (const content of frame.querySelectorAll(".widget-html-content")) {
+    const walk = document.createTreeWalker(content, NodeFilter.SHOW_TEXT);
+    while (walk.nextNode()) {
+      const element = walk.currentNode.parentElement, text = walk.currentNode.textContent.trim();
+      if (!text || element.closest("style, svg, .tclib-restarted") || !element.offsetParent) continue;
+      const layers = [];
+      for (let e = element; e; e = e.parentElement) layers.push(parse(getComputedStyle(e).backgroundColor));
+      let back = [17, 17, 17];
+      for (const layer of layers.reverse()) back = over(layer.length === 3 ? [...layer, 1] : layer, back);
+      const ink = over(parse(getComputedStyle(element).color), back);
+      const [a, b] = [light(ink), light(back)].sort((x, y) => y - x);
+      const ratio = (a + 0.05) / (b + 0.05);
+      if (ratio < worst.ratio) worst = {ratio, text: text.slice(0, 60), ink, back};
+    }
+  }
+  return worst;
+}
+"""
+
+
+def test_voila_without_a_network(browser, tmp_path):
+    """`python -m tclib explore`: the notebook as a page, all requests to elsewhere refused."""
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    command = [sys.executable, "-m", "tclib.cli.commands", "explore", "--no-browser", f"--port={port}"]
+    with serving(command, port, tmp_path):
+        context = browser.new_context(viewport={"width": 1280, "height": 1000})
+        page, elsewhere = context.new_page(), []
+
+        def only_here(route) -> None:
+            here = route.request.url.startswith((f"http://127.0.0.1:{port}", "data:", "blob:"))
+            if not here:
+                elsewhere.append(route.request.url)
+            route.continue_() if here else route.abort()
+
+        context.route("**/*", only_here)
+        page.goto(f"http://127.0.0.1:{port}/", timeout=180_000, wait_until="domcontentloaded")
+        page.locator("b", has_text="Greater-than laboratory").wait_for(timeout=180_000)
+        page.wait_for_timeout(2000)
+        frame = page.locator(".widget-vbox", has=page.locator(".widget-html b", has_text="Attribution walker")).first
+        before = drawn(frame)
+        frame.locator("button", has_text="down to it").click()
+        assert comes(page, changes(frame, before)), "the walker does not answer under Voila"
+        assert "unexpected" not in page.content()
+        assert not [url for url in elsewhere if url.endswith((".js", ".mjs"))], elsewhere
+        frame.scroll_into_view_if_needed()
+        page.screenshot(path=SCREENS / "voila.png")
+        context.close()

@@ -1,0 +1,100 @@
+"""Which models are taken, and why others are not."""
+
+import json
+
+import pytest
+import torch
+
+import tclib as tc
+from tclib.memory import check_memory
+from tclib.model import check_architecture, layer_norms
+from tests.tiny import make_model
+
+OTHERS = {
+    "llama": (
+        {"model_type": "llama", "rms_norm_eps": 1e-6, "hidden_act": "silu"},
+        "its norm is RMSNorm, not LayerNorm",
+    ),
+    "mistral": (
+        {"model_type": "mistral", "num_attention_heads": 32, "num_key_value_heads": 8},
+        "share one key and value",
+    ),
+    "mixtral": ({"model_type": "mixtral", "num_local_experts": 8}, "its MLPs are mixtures of experts"),
+    "bloom": ({"model_type": "bloom", "alibi": True}, "ALiBi position biases"),
+    "t5": ({"model_type": "t5", "is_encoder_decoder": True}, "has an encoder beside the decoder"),
+    "gptj": ({"model_type": "gptj"}, "its attention and MLP share one LayerNorm"),
+    "gpt_neo": ({"model_type": "gpt_neo"}, "its attention is local in every other layer"),
+    "mamba": ({"model_type": "mamba"}, "it has no attention"),
+    "opt": ({"model_type": "opt"}, "positions and its MLP's activation differ"),
+    "unknown": ({"model_type": "brandnew"}, "its blocks are not the same as theirs"),
+    "no type": ({}, "its blocks are not the same as theirs"),
+    "gated gpt_neox": ({"model_type": "gpt_neox", "hidden_act": "swiglu"}, "its MLPs are gated"),
+    "scaled gpt2": ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scores are scaled by layer"),
+    "cross gpt2": ({"model_type": "gpt2", "add_cross_attention": True}, "also attend to an encoder"),
+    "quantised gpt2": ({"model_type": "gpt2", "quantization_config": {"bits": 4}}, "its weights are quantised"),
+}
+
+
+@pytest.mark.parametrize("which", OTHERS)
+def test_other_architectures_are_refused_by_the_property_that_does_not_fit(which):
+    config, reason = OTHERS[which]
+    with pytest.raises(ValueError, match="only GPT-2 and GPT-NeoX blocks are supported, and") as caught:
+        check_architecture(config, "here")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False},
+        {"model_type": "gpt_neox", "hidden_act": "gelu", "num_attention_heads": 16, "use_parallel_residual": True},
+    ],
+)
+def test_gpt2_and_pythia_are_not(config):
+    check_architecture(config, "here")
+
+
+@pytest.mark.parametrize("blocks", ["gpt2", "neox", "neox-sequential"])
+def test_layer_norms_are_those_on_disk(tmp_path, blocks):
+    plain = make_model(tmp_path, blocks=blocks, processed=False)
+    processed = make_model(tmp_path, blocks=blocks)
+    for model in (plain, processed):
+        for layer, (gain, bias) in layer_norms(model, [0, 1]).items():
+            torch.testing.assert_close(gain, plain.blocks[layer].ln2.weight)
+            torch.testing.assert_close(bias, plain.blocks[layer].ln2.bias)
+    with pytest.raises(ValueError, match="no LayerNorm before the MLP of layer 7"):
+        layer_norms(plain, [7])
+
+
+def test_what_does_not_fit_into_memory_is_said_before(tmp_path, monkeypatch):
+    make_model(tmp_path)
+    monkeypatch.setattr("tclib.memory.available_memory", lambda device="cpu": 1000)
+    with pytest.raises(ValueError, match=r"this needs model .* \+ while it loads .* GB of memory and .* are available"):
+        tc.load_model(str(tmp_path), device="cpu")
+
+
+def test_a_plan_adds_up():
+    plan = check_memory({"model": 10**6, "peak": 2 * 10**6})["GB"]
+    assert plan["together"] == pytest.approx(0.003) and plan["available"] > 0.003
+
+
+def test_a_folder_of_other_blocks_is_refused_before_its_weights_are_read(tmp_path):
+    make_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "rms_norm_eps": 1e-5}))
+    (tmp_path / "model.safetensors").write_bytes(b"never looked at")
+    with pytest.raises(ValueError, match="RMSNorm"):
+        tc.load_model(str(tmp_path), device="cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_a_trace_on_cuda_is_that_on_the_cpu():
+    prompt = "The war lasted from the year 1732 to the year 17"
+    traces = [tc.trace(tc.load_model(device=d), tc.load_transcoders(device=d), prompt) for d in ("cpu", "cuda")]
+    torch.testing.assert_close(traces[1].logits.cpu(), traces[0].logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="no MPS")
+def test_a_trace_on_mps_is_that_on_the_cpu():
+    prompt = "The war lasted from the year 1732 to the year 17"
+    traces = [tc.trace(tc.load_model(device=d), tc.load_transcoders(device=d), prompt) for d in ("cpu", "mps")]
+    torch.testing.assert_close(traces[1].logits.cpu(), traces[0].logits, rtol=1e-3, atol=1e-3)

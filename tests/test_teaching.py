@@ -1,0 +1,749 @@
+"""Exercises: checks accept right answers and name the mistake in wrong ones; student copies; reports."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+
+import tclib as tc
+from tclib import intervene, targets
+from tclib.blind import rules
+from tclib.cli import bootstrap, teach
+from tclib.tasks import greater_than as gt
+from tclib.teaching import checks, report, students
+from tclib.teaching.verdict import NotYet, judge
+from tests.conftest import COMMITTED, REPO
+from tools import address, exercise_table
+
+PARTS = ("tried:", "expected:", "came back:", "usual cause:")
+
+
+def relu(x):
+    return x.clamp(min=0)
+
+
+def fvu(y, imitation):
+    return (y - imitation).square().sum() / (y - y.mean(0)).square().sum()
+
+
+def whole(chunks):
+    return [torch.cat(part) for part in zip(*chunks, strict=True)]
+
+
+def pairs(z, on, ties):
+    return np.mean([(a > b) + ties * (a == b) for a in z[on].tolist() for b in z[~on].tolist()])
+
+
+def exact(A, g, S, delta):
+    return ((A.log() + delta * (torch.arange(len(A)) == S)).softmax(0) - A) @ g
+
+
+def kept_live(z, kept, group, mean):
+    live = torch.zeros(z.shape[1], dtype=torch.bool)
+    live[kept] = True
+    return torch.where(live, z, mean)
+
+
+def own_means(z, group):
+    return torch.stack([z[group == g].mean(0) for g in group])
+
+
+# check -> the right answer, and wrong ones with a word of the message that each must get
+ANSWERS: dict[str, tuple[Callable, dict[str, Any]]] = {
+    "forward": (
+        lambda x, W, b, V, c: torch.addmm(c, torch.addmm(b, x, W).clamp(min=0), V),
+        {
+            "no ReLU": lambda x, W, b, V, c: (x @ W + b) @ V + c,
+            "b_enc is missing": lambda x, W, b, V, c: relu(x @ W) @ V + c,
+            "b_dec is missing": lambda x, W, b, V, c: relu(x @ W + b) @ V,
+            "output has a ReLU": lambda x, W, b, V, c: relu(relu(x @ W + b) @ V + c),
+            "that is z": lambda x, W, b, V, c: relu(x @ W + b),
+            "added after the ReLU": lambda x, W, b, V, c: (relu(x @ W) + b) @ V + c,
+        },
+    ),
+    "fold": (
+        lambda b_in, W, b: b - (b_in[:, None] * W).sum(0),
+        {
+            "sign": lambda b_in, W, b: b + b_in @ W,
+            "old b_enc is lost": lambda b_in, W, b: -b_in @ W,
+            "unchanged": lambda b_in, W, b: b,
+            "b_in itself": lambda b_in, W, b: b_in,
+            "multiply out": lambda b_in, W, b: b - b_in.sum(),
+        },
+    ),
+    "dodge": (
+        lambda: (1, 0.25),
+        {
+            "error does not change": lambda: (0.25, 0.25),
+            "became smaller": (1, 4),
+            "not the length": lambda: (1, 1),
+            "not of their squares": (1, 1 / 16),
+            "the order": (0.25, 1),
+        },
+    ),
+    "best_activation": (
+        lambda a, l1: torch.relu(a - 0.5 * l1),
+        {
+            "without shrinking": lambda a, l1: relu(a),
+            "factor 2": lambda a, l1: relu(a - l1),
+            "not be negative": lambda a, l1: a - l1 / 2,
+            "sign": lambda a, l1: relu(a + l1 / 2),
+            "does not shrink the others": lambda a, l1: a * (a > l1 / 2),
+        },
+    ),
+    "fvu_in_pieces": (
+        lambda chunks: fvu(*whole(chunks)),
+        {
+            "mean of the chunks' FVUs": lambda chunks: torch.stack([fvu(*chunk) for chunk in chunks]).mean(),
+            "own mean": lambda chunks: np.divide(
+                *np.sum([[(y - i).square().sum(), (y - y.mean(0)).square().sum()] for y, i in chunks], 0)
+            ),
+            "not subtracted": lambda chunks: (lambda y, i: (y - i).square().sum() / y.square().sum())(*whole(chunks)),
+            "one mean for all": lambda chunks: (lambda y, i: (y - i).square().sum() / (y - y.mean()).square().sum())(
+                *whole(chunks)
+            ),
+            "1 - FVU": lambda chunks: 1 - fvu(*whole(chunks)),
+        },
+    ),
+    "recovered_from_mean": (
+        lambda ce, zero, mean, r: 1 - (1 - r) * (zero - ce) / (mean - ce),
+        {
+            "another yardstick": lambda ce, zero, mean, r: r,
+            "stretched": lambda ce, zero, mean, r: r * (zero - ce) / (mean - ce),
+            "loss in nats": lambda ce, zero, mean, r: (1 - r) * (zero - ce),
+            "lost fraction": lambda ce, zero, mean, r: (1 - r) * (zero - ce) / (mean - ce),
+            "exchanged": lambda ce, zero, mean, r: 1 - (1 - r) * (mean - ce) / (zero - ce),
+        },
+    ),
+    "paired_interval": (
+        lambda a, b: (np.percentile(a - b, 2.5), np.percentile(a - b, 97.5)),
+        {
+            "separate intervals": lambda a, b: (
+                np.quantile(a, 0.025) - np.quantile(b, 0.975),
+                np.quantile(a, 0.975) - np.quantile(b, 0.025),
+            ),
+            "ends of two": lambda a, b: np.quantile(a, [0.025, 0.975]) - np.quantile(b, [0.025, 0.975]),
+            "sign": lambda a, b: np.quantile(b - a, [0.025, 0.975]),
+            "90%": lambda a, b: np.quantile(a - b, [0.05, 0.95]),
+            "the order": lambda a, b: np.quantile(a - b, [0.975, 0.025]),
+        },
+    ),
+    "auroc": (
+        lambda z, on: pairs(z, on, 0.5),
+        {
+            "count for nothing": lambda z, on: pairs(z, on, 0),
+            "count as wins": lambda z, on: pairs(z, on, 1),
+            "exchanged": lambda z, on: 1 - pairs(z, on, 0.5),
+            "left out": lambda z, on: pairs(z[z > 0], on[z > 0], 0.5),
+            "accuracy": lambda z, on: ((z > 0) == on).float().mean(),
+        },
+    ),
+    "invariant": (
+        lambda f_dec, f_enc: (f_dec - f_dec.mean()) @ f_enc,
+        {
+            "centring is missing": lambda f_dec, f_enc: f_dec @ f_enc,
+            "cosine": lambda f_dec, f_enc: torch.cosine_similarity(f_dec, f_enc, dim=0),
+            "not summed": lambda f_dec, f_enc: f_dec * (f_enc - f_enc.mean()),
+            "reads with f_dec": lambda f_dec, f_enc: f_dec @ (f_dec - f_dec.mean()),
+        },
+    ),
+    "through_head": (
+        lambda f_dec, W_V, W_O, f_enc: f_dec @ (W_V - W_V.mean(0)) @ (W_O - W_O.mean(1, keepdim=True)) @ f_enc,
+        {
+            "both LayerNorms": lambda f_dec, W_V, W_O, f_enc: f_dec @ W_V @ W_O @ f_enc,
+            "target's LayerNorm": lambda f_dec, W_V, W_O, f_enc: (f_dec - f_dec.mean()) @ W_V @ W_O @ f_enc,
+            "head's LayerNorm is missing": lambda f_dec, W_V, W_O, f_enc: f_dec @ W_V @ W_O @ (f_enc - f_enc.mean()),
+            "W_V reads": lambda f_dec, W_V, W_O, f_enc: (f_dec - f_dec.mean()) @ (W_V @ W_O).T @ (f_enc - f_enc.mean()),
+            "leaves out the head": lambda f_dec, W_V, W_O, f_enc: f_dec @ (f_enc - f_enc.mean()),
+        },
+    ),
+    "path_contribution": (
+        lambda c, pre: c[0] * c[1] / pre[0] * c[2] / pre[1],
+        {
+            "without dividing": lambda c, pre: np.prod(c),
+            "last feature": lambda c, pre: np.prod(c) / pre[0],
+            "first feature": lambda c, pre: np.prod(c) / pre[1],
+            "multiplies by": lambda c, pre: np.prod(c) * np.prod(pre),
+            "not added": lambda c, pre: sum(c),
+        },
+    ),
+    "attention_moves": (
+        exact,
+        {
+            "first-order": lambda A, g, S, delta: A[S] * (g[S] - A @ g) * delta,
+            "sum to 1": lambda A, g, S, delta: A[S] * (np.exp(delta) - 1) * g[S],
+            "not to the attention": lambda A, g, S, delta: delta * g[S],
+            "new output": lambda A, g, S, delta: exact(A, g, S, delta) + A @ g,
+            "sign": lambda A, g, S, delta: -exact(A, g, S, delta),
+        },
+    ),
+    "promoted": (
+        lambda f_dec, W_U: f_dec @ (W_U - W_U.mean(1, keepdim=True)),
+        {
+            "all logits alike": lambda f_dec, W_U: f_dec @ W_U,
+            "wrong axis": lambda f_dec, W_U: (f_dec - f_dec.mean()) @ W_U,
+            "no cosines": lambda f_dec, W_U: torch.cosine_similarity(f_dec[:, None], W_U, dim=0),
+            "sign is lost": lambda f_dec, W_U: (f_dec @ (W_U - W_U.mean(1, keepdim=True))).abs(),
+            "spread": lambda f_dec, W_U: (lambda e: (e - e.mean()) / e.std())(f_dec @ W_U),
+        },
+    ),
+    "tokens_needed": (
+        lambda rate, chance: 1 + int(np.log(1 - chance) // np.log(1 - rate)),
+        {
+            "on average": lambda rate, chance: 1 / rate,
+            "do not add up": lambda rate, chance: chance / rate,
+            "stays unseen": lambda rate, chance: np.ceil(np.log(chance) / np.log(1 - rate)),
+            "last token": lambda rate, chance: int(np.log(1 - chance) / np.log(1 - rate)),
+            "is whole": lambda rate, chance: np.log(1 - chance) / np.log(1 - rate),
+        },
+    ),
+    "two_shares": (
+        lambda z, label, k: (label[z.argsort(descending=True)[:k]].double().mean(), z[label].sum() / z.sum()),
+        {
+            "the order": lambda z, label, k: (z[label].sum() / z.sum(), label[z.topk(k).indices].double().mean()),
+            "were counted, but": lambda z, label, k: (
+                label[z.topk(k).indices].double().mean(),
+                label[z > 0].double().mean(),
+            ),
+            "silent tokens": lambda z, label, k: (label[z.topk(k).indices].double().mean(), label.double().mean()),
+            "the first k": lambda z, label, k: (label[:k].double().mean(), z[label].sum() / z.sum()),
+            "label that is found": lambda z, label, k: (
+                label[z.topk(k).indices].double().mean(),
+                ((z > 0) & label).sum() / label.sum(),
+            ),
+        },
+    ),
+    "keys_too": (
+        lambda q, k, v, k2, v2: (k2 @ q / 2).softmax(0) @ v2 - (k @ q / 2).softmax(0) @ v2,
+        {
+            "root": lambda q, k, v, k2, v2: ((k2 @ q).softmax(0) - (k @ q).softmax(0)) @ v2,
+            "old values": lambda q, k, v, k2, v2: ((k2 @ q / 2).softmax(0) - (k @ q / 2).softmax(0)) @ v,
+            "together": lambda q, k, v, k2, v2: (k2 @ q / 2).softmax(0) @ v2 - (k @ q / 2).softmax(0) @ v,
+            "alone": lambda q, k, v, k2, v2: (k @ q / 2).softmax(0) @ (v2 - v),
+            "softmax": lambda q, k, v, k2, v2: (k2 - k) @ q @ v2 / 2,
+        },
+    ),
+    "moved_rule": (
+        lambda h, act, steps: (h & (np.roll(act, -steps) > 0)).sum() / h.sum(),
+        {
+            "was not moved": lambda h, act, steps: (h & (act > 0)).sum() / h.sum(),
+            "wrong way": lambda h, act, steps: (np.roll(h, -steps) & (act > 0)).sum() / h.sum(),
+            "leave the end": lambda h, act, steps: (h[:-steps] & (act[steps:] > 0)).sum() / h[:-steps].sum(),
+            "recall": lambda h, act, steps: (np.roll(h, steps) & (act > 0)).sum() / (act > 0).sum(),
+            "agree": lambda h, act, steps: (np.roll(h, steps) == (act > 0)).mean(),
+        },
+    ),
+    "backward_difference": (
+        lambda prob, YY: 2 * prob[:YY].sum() - 1,
+        {
+            "minus the forward": lambda prob, YY: 1 - 2 * prob[YY + 1 :].sum(),
+            "forward metric": lambda prob, YY: 2 * prob[YY + 1 :].sum() - 1,
+            "be subtracted": lambda prob, YY: prob[:YY].sum(),
+            "smaller numbers": lambda prob, YY: 1 - 2 * prob[:YY].sum(),
+            "no side": lambda prob, YY: prob[:YY].sum() - prob[YY + 1 :].sum(),
+        },
+    ),
+    "keep_live": (
+        lambda z, kept, group: kept_live(z, kept, group, own_means(z, group)),
+        {
+            "at zero": lambda z, kept, group: kept_live(z, kept, group, torch.zeros_like(z)),
+            "one mean for all": lambda z, kept, group: kept_live(z, kept, group, z.mean(0)),
+            "others live": lambda z, kept, group: kept_live(own_means(z, group), kept, group, z),
+            "unchanged": lambda z, kept, group: z,
+            "all features": lambda z, kept, group: own_means(z, group),
+            "feature by feature": lambda z, kept, group: kept_live(z, kept, group, z.mean(1, keepdim=True)),
+        },
+    ),
+    "warmer": (
+        lambda prob, factor: (prob.log() / factor).softmax(0),
+        {
+            "upside down": lambda prob, factor: (prob.log() * factor).softmax(0),
+            "sum to 1": lambda prob, factor: prob ** (1 / factor),
+            "changes nothing": lambda prob, factor: prob / factor / (prob / factor).sum(),
+            "not probabilities": lambda prob, factor: prob / factor,
+            "softmax of probabilities": lambda prob, factor: (prob / factor).softmax(0),
+        },
+    ),
+}
+
+
+def refused(check: Callable, answer: Any, *context: Any) -> str:
+    """The usual cause that a check names for a wrong answer."""
+    with pytest.raises(NotYet) as refusal:
+        check(answer, *context)
+    lines = str(refusal.value).splitlines()
+    assert lines[0] == "not yet" and len(lines) == 5
+    assert all(part in line for part, line in zip(PARTS, lines[1:], strict=True))
+    return lines[-1]
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_right_answer_prints_one_line(name, capsys):
+    getattr(checks, name)(ANSWERS[name][0])
+    assert re.fullmatch(r"correct: .+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_each_mistake_gets_its_own_message(name):
+    wrong = ANSWERS[name][1]
+    causes = [refused(getattr(checks, name), answer) for answer in wrong.values()]
+    for word, cause in zip(wrong, causes, strict=True):
+        assert word in cause
+    assert len(set(causes)) == len(causes) >= 3
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_nothing_returned_and_nothing_written(name):
+    check, (right, _) = getattr(checks, name), ANSWERS[name]
+
+    def begun(*arguments):
+        right(*arguments)
+
+    def blank(*arguments):
+        raise NotImplementedError
+
+    assert "return" in refused(check, begun)
+    with pytest.raises(NotImplementedError):
+        check(blank)
+
+
+def test_an_error_in_the_answer_keeps_its_traceback():
+    with pytest.raises(RuntimeError) as failure:
+        checks.forward(lambda x, W, b, V, c: x @ V)
+    assert "your transcoder on 5 inputs" in failure.value.__notes__[0]
+
+
+def test_judge_on_odd_answers():
+    for answer, word in {
+        "text": "numbers",
+        (1.0, 2.0, 3.0): "shape",
+        (float("nan"), 1.0): "zero",
+        (5, 5): "other",
+    }.items():
+        assert word in refused(lambda value: judge("two numbers", value, (1.0, 2.0), {}, "other"), answer)
+    assert NotYet("line")._render_traceback_() == ["line"]
+
+
+@pytest.fixture(scope="module")
+def laboratory():
+    """The bundled model, its transcoders, and the trace of one prompt."""
+    lm, layers = tc.load_model(device="cpu"), tc.load_transcoders(device="cpu")
+    return lm, layers, tc.trace(lm, layers, "The war lasted from the year 1735 to the year 17")
+
+
+def test_removal(laboratory, capsys):
+    lm, layers, trace = laboratory
+    table = tc.attribute(trace, targets.logit_difference(trace, "45", "20"))
+    source = table[(table["kind"] == "feature") & (table["layer"] < max(layers))].iloc[1]
+    context = (trace, "45", "20", source)
+    checks.removal(lambda: -source["contribution"], *context)
+    assert "correct: the model run without mlp" in capsys.readouterr().out
+    answer = targets.logit_difference(trace, "45", "20").value(trace)
+    activation = trace.features[source["layer"]][source["position"], source["feature"]]
+    wrong = {
+        "sign": source["contribution"],
+        "answer that remains": lambda: answer - source["contribution"],
+        "feature's activation": activation,
+        "before anything": answer,
+        "attribution table": 0.123,
+    }
+    for word, value in wrong.items():
+        assert word in refused(checks.removal, value, *context)
+    removed = intervene.set_features(source["layer"], layers[source["layer"]], [source["feature"]], 0.0, -1)
+    logits = intervene.run(lm, trace.tokens[None], removed)[0, -1]
+    free = (logits - trace.logits[-1])[[lm.tokenizer.convert_tokens_to_ids(word) for word in ("45", "20")]]
+    assert "set free" in refused(checks.removal, free[0] - free[1], *context)
+
+
+def test_two_tokens(laboratory, capsys):
+    lm, layers, trace = laboratory
+    generator = torch.Generator().manual_seed(0)
+    inputs = trace.cache["blocks.1.ln2.hook_normalized"][1:]
+    written, read = torch.randn(2, 256, generator=generator)
+    context = (trace, 1, written, read, inputs)
+    norm, mlp = lm.blocks[1].ln2, lm.blocks[1].mlp
+    along = torch.func.jvp(
+        lambda x: mlp((norm.weight * x + norm.bias)[None])[0], (inputs,), (written.expand_as(inputs),)
+    )
+    factors = along[1] @ read
+    high, low = int(factors.argmax()), int(factors.argmin())
+    checks.two_tokens(lambda: (high, low), *context)
+    assert "correct" in capsys.readouterr().out
+    middle = int((factors - factors.median()).abs().argmin())
+    wrong = {
+        "places among": (high, 5000),
+        "twice": (high, high),
+        "order": (low, high),
+        "most negative": (high, int(factors.abs().argmin())),
+        "one number per token": (middle, low),
+    }
+    for word, value in wrong.items():
+        assert word in refused(checks.two_tokens, value, *context)
+    assert "places among" in refused(checks.two_tokens, None, *context)
+
+
+def test_moving_head(laboratory, capsys):
+    lm, _, trace = laboratory
+    ids = gt.year_tokens(lm.tokenizer)
+    other = trace.tokens.clone()
+    other[8] = ids[80]
+    context = (lm, trace.tokens, other, 35)
+    _, there = lm.run_with_cache(other[None])
+    _, here = lm.run_with_cache(trace.tokens[None])
+    moves = {}
+    for layer in range(3):
+        for head in range(8):
+            z = there[f"blocks.{layer}.attn.hook_z"][:, -1, head]
+            logits = intervene.run(lm, trace.tokens[None], intervene.ablate_head(layer, head, z, -1))[0, -1, ids]
+            moves[layer, head] = float(logits[36:].mean() - logits[:36].mean())
+    whole_model = float(trace.logits[-1][ids][36:].mean() - trace.logits[-1][ids][:36].mean())
+    moves = {name: value - whole_model for name, value in moves.items()}
+    best = max(moves, key=lambda name: abs(moves[name]))
+    checks.moving_head(lambda: best, *context)
+    assert "correct" in capsys.readouterr().out
+    other_sign = max(moves, key=lambda name: -moves[name] * np.sign(moves[best]))
+    looking = {name: float(here[f"blocks.{name[0]}.attn.hook_pattern"][0, name[1], -1, 8]) for name in moves}
+    looking = max(looking, key=looking.get)
+    idle = min(moves, key=lambda name: abs(moves[name]))
+    wrong = {
+        "layer, then the head": best[::-1],
+        "up or down": other_sign,
+        "one head at a time": idle,
+        "two numbers": None,
+    }
+    if looking not in (best, other_sign):
+        wrong["looks most"] = looking
+    for word, value in wrong.items():
+        assert word in refused(checks.moving_head, value, *context)
+    assert len(wrong) >= 4
+
+
+def test_blind_rule(capsys):
+    vocabulary = np.array([" a", " b", " c", " d", " e"], dtype=object)
+    tokens = np.random.default_rng(0).choice(vocabulary, (6, 50))
+    tokens[:, 0] = "\n"
+    text = rules.Words(tokens, np.full(tokens.shape, "plain", dtype=object), tokens != "\n")
+    truth = {0: "tokens@-2:  b", 1: "tokens@-3:  a && tokens:  c", 2: "before 1:  d"}
+    z = np.stack([np.where(rules.parse(line).hits(text), 2.0, 0.0) for line in truth.values()], axis=-1)
+    context = (truth, text, z)  # here the seal is the rule itself
+    for right in (lambda seal: seal, rules.parse, lambda seal: "tokens:  a" if seal == truth[1] else seal):
+        checks.blind_rule(right, *context)
+    assert capsys.readouterr().out.count("correct: ") == 3
+    wrong = {
+        "wrong place: 2 tokens too early": lambda seal: f"tokens:  {seal[-1]}",
+        "leading space": lambda seal: "tokens: b",
+        "claims nothing": lambda seal: "regex: .",
+        "the grammar": lambda seal: "fires on b",
+        "a fifth": lambda seal: "!" + seal,
+        "recur in all readings": lambda seal: "tokens:  e && tokens@1:  e",
+    }
+    for word, player in wrong.items():
+        assert word in refused(checks.blind_rule, player, *context)
+    assert "the grammar" in refused(checks.blind_rule, lambda seal: None, *context)
+
+
+TAUGHT = [path for path in COMMITTED if students.exercises(nbformat.read(path, 4))]
+each_taught = pytest.mark.parametrize("path", TAUGHT, ids=lambda path: path.stem)
+
+
+def folded_solution(task: str) -> str:
+    return re.search(r"<summary>Solution</summary>\n\n```python\n(.*?)```", task, re.DOTALL)[1]
+
+
+@each_taught
+def test_exercises_are_complete(path):
+    notebook = nbformat.read(path, 4)
+    found = students.exercises(notebook)
+    number = path.stem.split("_")[0]
+    assert [exercise.number for exercise in found] == [f"{number}.{i + 1}" for i in range(len(found))]
+    assert len(found) >= 3
+    names = [cell.metadata.nbgrader.grade_id for cell in notebook.cells if "nbgrader" in cell.metadata]
+    assert len(set(names)) == len(names) == 2 * len(found)
+    for exercise in found:
+        task, answer, check = (notebook.cells[exercise.task + i].source for i in range(3))
+        assert "<summary>Hint</summary>" in task
+        marked = answer.split(students.BEGIN)[1].split(students.END)[0]
+        assert textwrap.dedent(marked.strip("\n").rstrip()).strip() == folded_solution(task).strip()
+        assert re.fullmatch(r"checks\.\w+\(my_\w+.*\)", check)
+    checked = {re.match(r"checks\.(\w+)", notebook.cells[e.task + 2].source)[1] for e in found}
+    assert checked <= set(checks.__all__)
+
+
+def test_every_check_is_used_and_tested():
+    used = set()
+    for path in TAUGHT:
+        notebook = nbformat.read(path, 4)
+        used |= {notebook.cells[e.task + 2].source.split("(")[0] for e in students.exercises(notebook)}
+    assert used == {f"checks.{name}" for name in checks.__all__}
+    here = (REPO / "tests" / "test_teaching.py").read_text(encoding="utf-8")
+    for name in checks.__all__:
+        assert name in ANSWERS or f"def test_{name}(" in here
+
+
+@each_taught
+def test_student_copy_differs_only_at_exercises(path):
+    notebook = nbformat.read(path, 4)
+    made = students.student_copy(notebook)
+    answers = {e.task + 1 for e in students.exercises(notebook)}
+    for index, (cell, blank) in enumerate(zip(notebook.cells, made.cells, strict=True)):
+        if index in answers:
+            assert "raise NotImplementedError()" in blank.source
+            assert students.BEGIN not in blank.source and not blank.outputs
+        elif index - 1 in answers:
+            assert blank.source == cell.source and not blank.outputs
+        else:
+            assert blank == cell
+    nbformat.validate(made)
+
+
+def test_copies_are_written_where_there_are_exercises(tmp_path):
+    written = students.write_copies(REPO / "notebooks", tmp_path / "student")
+    assert [path.name for path in written] == [path.name for path in TAUGHT]
+    sources = students.write_grading_sources(REPO / "notebooks", tmp_path / "course")
+    assert sources[0] == tmp_path / "course/source" / TAUGHT[0].stem / TAUGHT[0].name
+    text = sources[0].read_text(encoding="utf-8")
+    assert "<summary>Hint</summary>" in text and "<summary>Solution</summary>" not in text
+    assert students.BEGIN in text and json.loads(text)["nbformat"] == 4
+
+
+def test_broken_exercises_are_refused():
+    task = "**Exercise 09.1: x** (difficulty 1 of 5, importance 1 of 5, 5 minutes)"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(task)])
+    with pytest.raises(ValueError, match="09.1 lacks"):
+        students.exercises(notebook)
+    for source in (students.BEGIN, students.END, f"{students.BEGIN}\n{students.BEGIN}"):
+        cell = nbformat.v4.new_code_cell(source, metadata={"nbgrader": {"solution": True}})
+        with pytest.raises(ValueError, match="partner"):
+            students.student_copy(nbformat.v4.new_notebook(cells=[cell]))
+
+
+def errors(notebook) -> dict[int, str]:
+    """Cell index -> name of the error that it ended with."""
+    found = {}
+    for index, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", ()):
+            if output.output_type == "error":
+                found[index] = output.ename
+    return found
+
+
+def run(notebook, folder):
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, kernel_name="python3", timeout=300, allow_errors=True, resources=resources).execute()
+    return notebook
+
+
+def blank_then_filled(notebook):
+    """The student copy in which each exercise is followed by the folded solution and the check once more."""
+    made = students.student_copy(notebook)
+    cells, tasks = [], {e.task for e in students.exercises(notebook)}
+    for index, cell in enumerate(made.cells):
+        cells.append(cell)
+        if index - 2 in tasks:
+            solution = textwrap.indent(folded_solution(made.cells[index - 2].source), "    ")
+            stub = re.compile(r" *# YOUR CODE HERE\n +raise NotImplementedError\(\)")
+            filled = stub.sub(lambda _: solution.rstrip(), made.cells[index - 1].source)  # noqa: B023
+            cells += [nbformat.v4.new_code_cell(filled), nbformat.v4.new_code_cell(cell.source)]
+    made.cells = cells
+    return made
+
+
+def assert_only_blanks_fail(executed):
+    failed = errors(executed)
+    checks_of_blanks = [i for i, c in enumerate(executed.cells) if c.metadata.get("nbgrader", {}).get("grade")]
+    assert sorted(failed) == checks_of_blanks and set(failed.values()) == {"NotImplementedError"}
+    for index in checks_of_blanks:
+        (output,) = executed.cells[index + 2].outputs
+        assert output.text.startswith("correct: ")
+
+
+SHORT = [path for path in TAUGHT if path.stem.startswith("04b")]
+LONG = [pytest.param(path, marks=pytest.mark.slow) for path in TAUGHT if path not in SHORT]
+
+
+@pytest.mark.parametrize("path", [*SHORT, *LONG], ids=lambda path: path.stem)
+def test_student_copy_fails_only_at_exercises_and_passes_when_filled_in(path, tmp_path):
+    assert_only_blanks_fail(run(blank_then_filled(nbformat.read(path, 4)), tmp_path))
+
+
+def references(page: str) -> list[str]:
+    """What a browser would fetch to show a page."""
+    fetched = re.findall(r"""<(?:img|script|iframe|source|link)\b[^>]*?(?:src|href)=["']([^"']*)""", page)
+    fetched += re.findall(r"url\(([^)]*)\)|@import ([^;]*)", page)
+    return [address for address in fetched if not str(address).startswith("data:")]
+
+
+@each_taught
+def test_report_needs_nothing_from_outside(path):
+    notebook = nbformat.read(path, 4)
+    page = report.render(notebook)
+    assert references(page) == []
+    figures = sum("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", ()))
+    images = re.findall(r"<img\b[^>]*>", page)
+    alternatives = [re.search(r'\balt="([^"]*)"', image) for image in images]
+    assert len(images) >= figures and all(alt and len(alt[1]) > 40 for alt in alternatives)
+    words = re.sub(r"<(pre|code|style|math)\b.*?</\1>|<[^>]*>", "", page, flags=re.DOTALL)
+    assert "$$" not in words and not re.search(r"\\(?:mathrm|frac|sum|text)\b", words)
+    assert page.count("<math") >= 5 or path.stem.startswith("00")
+    assert "<title>" in page and '<html lang="en">' in page
+
+
+def test_report_shows_formulas_code_and_figures():
+    png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    figure = nbformat.v4.new_output("display_data", {"image/png": png})
+    prose = "# A title\n\nLook at $x_1$ and\n\n$$\\frac{a}{b}$$\n\n![a badge](https://example.org/badge.svg)"
+    cells = [
+        nbformat.v4.new_markdown_cell(prose),
+        nbformat.v4.new_code_cell("draw(1 < 2)", execution_count=1, outputs=[figure]),
+    ]
+    page = report.render(nbformat.v4.new_notebook(cells=cells))
+    assert "<title>A title</title>" in page and "<mfrac>" in page and "<msub>" in page
+    assert "a badge" in page and "example.org" not in page and references(page) == []
+    assert 'alt="A title Look at x_1 and' in page and "&lt;" in page
+
+
+def test_report_refuses_what_was_not_run(tmp_path, capsys):
+    cell = nbformat.v4.new_code_cell("1 + 1")
+    with pytest.raises(report.NotExecuted, match="cell 1 of x was not executed"):
+        report.render(nbformat.v4.new_notebook(cells=[cell]), "x")
+    failed = nbformat.v4.new_output("error", ename="E", evalue="e", traceback=[])
+    cell = nbformat.v4.new_code_cell("1 / 0", execution_count=1, outputs=[failed])
+    with pytest.raises(report.NotExecuted, match="ended with an error"):
+        report.render(nbformat.v4.new_notebook(cells=[cell]))
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "mine.ipynb")
+    assert teach.report([str(tmp_path / "mine.ipynb")], tmp_path) == 2
+    assert teach.report(["99"], REPO) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+@pytest.mark.skipif(report.chromium() is None, reason="no Chromium is installed")
+def test_report_prints_a_pdf(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    cells = [nbformat.v4.new_markdown_cell("# A page\n\n$x$")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks/01_page.ipynb")
+    assert teach.report(["01"], tmp_path) == 0
+    assert (tmp_path / "build/report/01_page.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(RuntimeError, match="printed no PDF"):
+        report.print_pdf("true", tmp_path / "build/report/01_page.html")
+
+
+def test_student_command(tmp_path, capsys):
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(TAUGHT[0], tmp_path / "notebooks")
+    stale = tmp_path / "build/student/99_gone.ipynb"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    assert teach.student([], tmp_path) == teach.student(["--graded"], tmp_path) == 0
+    name = TAUGHT[0].name
+    expected = [Path("build/student", name), Path("build/nbgrader/source", TAUGHT[0].stem, name)]
+    assert capsys.readouterr().out.split() == [str(path) for path in expected]
+    assert all((tmp_path / path).is_file() for path in expected) and not stale.exists()
+
+
+def test_deleted_and_copied_cells_are_named(tmp_path, capsys):
+    notebook = nbformat.read(TAUGHT[0], 4)
+    first, second = students.exercises(notebook)[:2]
+    for student, change in {"right": 0, "deleted": -1, "copied": 1}.items():
+        made = students.student_copy(notebook)
+        if change < 0:
+            del made.cells[first.task + 2]
+        elif change > 0:
+            made.cells.insert(second.task + 1, made.cells[second.task + 1])
+        (tmp_path / student).mkdir()
+        nbformat.write(made, tmp_path / student / TAUGHT[0].name)
+    assert teach.student(["--inspect", str(tmp_path)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and said[0].startswith("copied") and "is there 2 times" in said[0]
+    assert said[1].startswith("deleted") and f"ex-{first.number.replace('.', '-')}-check was deleted" in said[1]
+    shutil.rmtree(tmp_path / "copied"), shutil.rmtree(tmp_path / "deleted")
+    assert teach.student(["--inspect", str(tmp_path)]) == 0
+
+
+def test_bundle_asks_pip_for_everything(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(teach.subprocess, "call", lambda command, cwd: calls.append(command) or 3)
+    monkeypatch.delenv("TORCH_INDEX", raising=False)
+    assert teach.bundle([]) == 3
+    monkeypatch.setenv("TORCH_INDEX", "https://index.invalid")
+    assert teach.bundle([]) == 3
+    everything, torch_alone = calls
+    assert {"constraints.txt", ".[notebooks,test]", "hatchling>=1.24", "editables"} <= set(everything)
+    assert "https://index.invalid" in torch_alone and torch_alone[-1].startswith("torch==")
+
+
+def test_commands_are_announced():
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    for command in ("student", "bundle", "report"):
+        assert command in bootstrap.COMMANDS and re.search(rf"^[\w -]*\b{command}\b[\w -]*:", makefile, re.MULTILINE)
+        assert callable(getattr(teach, command))
+
+
+TEACHING = (REPO / "TEACHING.md").read_text(encoding="utf-8")
+
+
+def test_teaching_page_is_fresh():
+    assert TEACHING == exercise_table.fresh(), "run: python tools/exercise_table.py"
+
+
+def test_teaching_page_names_what_there_is():
+    numbers = {e.number for path in TAUGHT for e in students.exercises(nbformat.read(path, 4))}
+    assert set(re.findall(r"\b\d\d[a-z]?\.\d\b", TEACHING)) == numbers
+    measured = TEACHING.split("<!-- measured:start -->")[1].split("<!-- measured:end -->")[0]
+    for path in TAUGHT:
+        assert path.stem in measured
+    for path in re.findall(r"`((?:tclib|tests|tools)/[\w/.]*)`", TEACHING):
+        assert (REPO / path).exists(), path
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_notebook_opens_elsewhere_and_ends_with_reading_and_a_question(path):
+    notebook = nbformat.read(path, 4)
+    install = [cell for cell in notebook.cells if "install" in cell.metadata.get("tags", ())]
+    url = f"https://github.com/{address.published()}"
+    assert (
+        len(install) == 1 and f'"git+{url}"' in install[0].source and 'find_spec("tclib") is None' in install[0].source
+    )
+    assert not install[0].outputs
+    badges = notebook.cells[1].source
+    assert f"{address.published()}/blob/main/notebooks/{path.name}" in badges
+    assert f"{address.published()}/main?labpath=notebooks/{path.name}" in badges
+    closing = notebook.cells[-2].source
+    reading, question = re.fullmatch(
+        r"## Further reading\n\n(.+)\n\n## An open question\n\n(.+)", closing, re.DOTALL
+    ).groups()
+    assert reading.count("https://") >= 2 and "?" in question
+
+
+def test_address_is_set_everywhere(tmp_path):
+    for name in (*address.FILES, f"notebooks/{TAUGHT[0].name}"):
+        target = tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(REPO / name, target)
+    old = address.published(tmp_path)
+    assert len(address.move("someone/a-copy", tmp_path)) >= 2
+    assert address.published(tmp_path) == "someone/a-copy"
+    assert all(old not in path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.*") if path.is_file())
+    with pytest.raises(ValueError, match="not an address"):
+        address.move("https://somewhere", tmp_path)
+
+
+def test_install_cell_installs_only_where_there_is_no_package(monkeypatch):
+    source = next(c.source for c in nbformat.read(TAUGHT[0], 4).cells if "install" in c.metadata.get("tags", ()))
+    calls = []
+    monkeypatch.setattr("subprocess.run", lambda command, check: calls.append(command))
+    exec(source, {})
+    assert calls == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    exec(source, {})
+    assert calls[0][-1].startswith("git+https://") and len(calls) == 1
