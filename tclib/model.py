@@ -30,7 +30,6 @@ _FITS = {  # key of config.json: what fits, and what does not where it does not
     "is_encoder_decoder": (lambda value: not value, "it has an encoder beside the decoder"),
     "add_cross_attention": (lambda value: not value, "its blocks also attend to an encoder"),
     "alibi": (lambda value: not value, "its attention adds ALiBi position biases"),
-    "scale_attn_by_inverse_layer_idx": (lambda value: not value, "its attention scores are scaled by layer"),
     "quantization_config": (lambda value: not value, "its weights are quantised"),
     "hidden_act": (lambda value: value not in _GATES, "its MLPs are gated"),
     "do_layer_norm_before": (lambda value: bool(value), "its LayerNorms come after the blocks"),

@@ -29,7 +29,6 @@ OTHERS = {
     "unknown": ({"model_type": "brandnew"}, "its blocks are not the same as theirs"),
     "no type": ({}, "its blocks are not the same as theirs"),
     "gated gpt_neox": ({"model_type": "gpt_neox", "hidden_act": "swiglu"}, "its MLPs are gated"),
-    "scaled gpt2": ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scores are scaled by layer"),
     "cross gpt2": ({"model_type": "gpt2", "add_cross_attention": True}, "also attend to an encoder"),
     "quantised gpt2": ({"model_type": "gpt2", "quantization_config": {"bits": 4}}, "its weights are quantised"),
 }
@@ -46,7 +45,7 @@ def test_other_architectures_are_refused_by_the_property_that_does_not_fit(which
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False},
+        {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": True},
         {"model_type": "gpt_neox", "hidden_act": "gelu", "num_attention_heads": 16, "use_parallel_residual": True},
     ],
 )

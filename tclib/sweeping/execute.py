@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def execute(notebook: str, parameters: Mapping[str, Any], directory: str) -> Run
     start, point, reason = time.monotonic(), None, None
     try:
         # Neither a working directory nor a redirection is asked for: both would be those of the whole process, and a
-        # worker may run several notebooks in threads.
-        executed = papermill.execute_notebook(
+        # worker may run several notebooks in threads. Those share what a context holds, the event loop of an earlier
+        # notebook for one, so each gets a context of its own.
+        executed = Context().run(
+            papermill.execute_notebook,
             nbformat.reads(notebook, as_version=4),
             folder / "notebook.ipynb",
             dict(parameters),
