@@ -11,20 +11,15 @@ timed at a few counts and extrapolated to all of them (each costs the same); val
 from __future__ import annotations
 
 import os
-import platform
-import shutil
 import statistics
-import tempfile
 import time
 
 import torch
+from setting import gpt2_sized, processor
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from tclib.activations import hook_in, hook_out
-from tclib.model import load_model
-from tclib.paths import data_path
 from tclib.tasks import greater_than as gt
 from tclib.tasks import sweeps
 from tclib.transcoder import Transcoder, TranscoderConfig
@@ -32,16 +27,6 @@ from tclib.transcoder import Transcoder, TranscoderConfig
 LAYER, FEATURES, COUNTS = 10, 24_576, range(1, 101)
 TIMED = (1, 34, 67, 100)  # counts at which the plain method runs
 ACTIVE = 0.002  # about 50 of 24,576 features per token, as the published transcoders have
-
-
-def gpt2_sized() -> TransformerBridge:
-    """A random model of GPT2-small's shape with the bundled tokenizer, whose years are two tokens as in GPT-2."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(data_path("model", name), folder)
-        bos = load_model().tokenizer.bos_token_id
-        GPT2LMHeadModel(GPT2Config(bos_token_id=bos, eos_token_id=bos)).save_pretrained(folder)
-        return load_model(folder, device="cpu")
 
 
 def random_transcoder(x: Tensor) -> Transcoder:
@@ -99,7 +84,7 @@ def main() -> None:
         print(f"k = {k:3d}: probability difference {pair[0]:.8f}, plain {pair[1]:.8f}, largest gap of p {largest:.1e}")
     whole = statistics.fmean(theirs.values()) * len(COUNTS)
     print(f"{len(tokens)} prompts of {tokens.shape[1]} tokens, {FEATURES} features, {len(COUNTS)} counts")
-    print(f"CPU: {platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()}")
+    print(f"CPU: {processor()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()}")
     low, high = min(theirs.values()), max(theirs.values())
     print(f"plain: {low:.2f} to {high:.2f} CPU-s a count; {whole:.0f} for all (extrapolated)")
     print(f"ours: {min(ours):.2f} CPU-s for all, median of {len(ours)} runs {statistics.median(ours):.2f}")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -25,15 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from setting import gpt2_sized, processor
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from tclib.activations import hook_in, hook_out
 from tclib.index import Index, build_index, read, store
 from tclib.index.build import BATCH_ROWS
-from tclib.model import load_model
-from tclib.paths import data_path
 from tclib.transcoder import Transcoder, TranscoderConfig
 
 LAYER, FEATURES, WIDTH, ACTIVE = 8, 24_576, 128, 50
@@ -47,7 +44,7 @@ def main() -> None:
     tokens = torch.randint(0, 50_000, (options.rows, WIDTH))
     tokens[:, 0] = model.tokenizer.bos_token_id
     transcoder = sparse_transcoder(model, tokens[:16])
-    print(f"CPU: {platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()}")
+    print(f"CPU: {processor()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()}")
     with tempfile.TemporaryDirectory() as folder:
         times = building(model, transcoder, tokens, options.rounds, Path(folder))
         reading(Path(folder))
@@ -179,16 +176,6 @@ def large_index(folder: Path) -> Index:
             file.close()
         store.write_json(part, about)
     return Index(folder)
-
-
-def gpt2_sized() -> TransformerBridge:
-    """A random model of GPT2-small's shape, with the bundled tokenizer."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(data_path("model", name), folder)
-        bos = load_model().tokenizer.bos_token_id
-        GPT2LMHeadModel(GPT2Config(bos_token_id=bos, eos_token_id=bos)).save_pretrained(folder)
-        return load_model(folder, device="cpu")
 
 
 @torch.no_grad()

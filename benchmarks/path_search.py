@@ -14,39 +14,26 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import platform
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from setting import gpt2_sized, processor
 from torch import Tensor
 from transformer_lens import FactoredMatrix, utilities
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from tclib import targets
 from tclib.activations import hook_in, hook_out
 from tclib.circuits import greedy
-from tclib.model import load_model
-from tclib.paths import data_path
 from tclib.prompt_graph import prompt_graph
 from tclib.tracing import trace
 from tclib.transcoder import Transcoder, TranscoderConfig
 
 LAYERS, FEATURES, L0, POSITIONS, STEPS, BRANCHES = 12, 24_576, 50, 10, 3, 15
 WORDS = 50_257
-
-
-def gpt2_sized() -> TransformerBridge:
-    """A random model of GPT2-small's shape; the bundled tokenizer lies beside it and is not used."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            Path(folder, name).write_bytes(data_path("model", name).read_bytes())
-        GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
-        return load_model(folder, device="cpu")
 
 
 def random_transcoders(model: TransformerBridge, tokens: Tensor) -> dict[int, Transcoder]:
@@ -199,7 +186,7 @@ def main() -> None:
     whole = min(sum(times[:3]) for times in fast)
     their_search, their_whole = min(times[1] for times in slow), min(map(sum, slow))
     name = "the paper's code" if arguments.original else "a plain version of the paper's search"
-    print(f"CPU: {platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()}")
+    print(f"CPU: {processor()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()}")
     print(f"L0 {fast[0][3]:.0f}; best of {len(slow)} and {len(fast)} runs, CPU time")
     print(f"{name}: search {their_search:.2f} s, with the forward pass {their_whole:.2f} s")
     print(f"ours: trace {1e3 * forward:.0f} ms, set-up {1e3 * setup:.0f} ms, search {1e3 * search:.1f} ms")

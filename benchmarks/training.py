@@ -23,17 +23,15 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from setting import gpt2_sized, processor
 
 WIDTH, FEATURES, L0 = 768, 24_576, 50
 BATCHES = (512, 2048, 4096)
@@ -344,19 +342,12 @@ def show_quality(seeds: int, steps: int, l1: float, layer: int) -> dict[str, flo
 
 def suite(steps: int) -> float:
     """All layers of a random model of GPT2-small's shape on 4,096 tokens per step, against 12 runs of the paper's."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     import tclib as tc
     from tclib.activations import mlp_activations
-    from tclib.paths import data_path
     from tclib.training.sparse import SparseStudent
     from tclib.training.stream import ModelSource, Stream
 
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            Path(folder, name).write_bytes(data_path("model", name).read_bytes())
-        GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
-        model = tc.load_model(folder, device="cpu")
+    model = gpt2_sized()
     layers = list(range(model.cfg.n_layers))
     tokens = torch.randint(50_000, (32, 128), generator=torch.Generator().manual_seed(0))
     config = tc.TrainConfig(d_features=FEATURES, start_l0=L0, rows=32, lr=LR, l1=1e-3)
@@ -392,17 +383,6 @@ def suite(steps: int) -> float:
           f"{len(layers)} x {paper_step:.2f} s and {sum(partial):.1f} s of forward passes, each up to its layer: "
           f"{theirs:.1f} s ({theirs / mine:.1f}x)")  # fmt: skip
     return theirs / mine
-
-
-def processor() -> str:
-    """Its name."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests.tiny import make_model
 
 REPO = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((REPO / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
@@ -45,3 +48,17 @@ def write_notebook() -> Write:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model of two layers, see `tests.tiny`; a module with a fixture of this name uses its own."""
+    return make_model(tmp_path_factory.mktemp("model"), layers=2)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """64 rows of random tokens for it, BOS first."""
+    rows = torch.randint(0, 40, (64, 16), generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = 40
+    return rows

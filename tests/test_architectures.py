@@ -10,7 +10,7 @@ import tclib as tc
 from tclib import evaluation
 from tclib.training import architectures
 from tclib.training.student import Student
-from tests.tiny import make_model, make_transcoder
+from tests.tiny import make_transcoder
 
 SMALL = tc.TrainConfig(d_features=64, steps=60, rows=8, lr=3e-3, l1=0.01)
 KINDS = {
@@ -21,18 +21,6 @@ KINDS = {
     "free rows": {"unit_norm": False},
     "free jumprelu": {"activation": "jumprelu", "unit_norm": False},
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), layers=2)
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    rows = torch.randint(0, 40, (64, 16), generator=torch.Generator().manual_seed(0))
-    rows[:, 0] = 40
-    return rows
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])

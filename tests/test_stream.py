@@ -25,18 +25,6 @@ class Numbered:
         return {0: (token.reshape(-1, 1), -token.reshape(-1, 1))}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), layers=2)
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    rows = torch.randint(0, 40, (64, 16), generator=torch.Generator().manual_seed(0))
-    rows[:, 0] = 40
-    return rows
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 4), buffer=st.integers(1, 5), passes=st.integers(1, 3), spare=st.integers(0, 3),

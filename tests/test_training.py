@@ -7,21 +7,9 @@ import torch
 import tclib as tc
 from tclib import evaluation, training
 from tclib.activations import mlp_activations
-from tests.tiny import make_model, make_transcoder
+from tests.tiny import make_transcoder
 
 CONFIG = tc.TrainConfig(d_features=64, steps=60, rows=8, l1=0.01, lr=3e-3)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), layers=2)
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    rows = torch.randint(0, 40, (64, 16), generator=torch.Generator().manual_seed(0))
-    rows[:, 0] = 40
-    return rows
 
 
 @pytest.fixture(scope="module")
