@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float16, Float32, Int, Int32
+from torch import Tensor
 
 from tclib.index.store import Index
 
@@ -64,7 +66,7 @@ def bands(index: Index, layer: int, feature: int, n: int = 5, each: int = 3, see
         ranks += sorted(drawn.tolist(), reverse=True)
         rows += [(band, low, high)] * len(drawn)
     wanted = np.array([_code_of_rank(below, rank) for rank in ranks])
-    possible = np.flatnonzero(np.bincount(wanted, minlength=len(_ACTIVATIONS)).astype(bool)[codes])
+    possible = np.flatnonzero(np.bincount(wanted, minlength=len(_ACTIVATIONS)).astype(bool).take(codes))
     possible = possible[np.argsort(codes[possible], kind="stable")]  # by strength, then in reading order
     first = np.searchsorted(codes[possible], wanted)
     chosen = possible[first + np.array(ranks) - below[wanted]]
@@ -80,21 +82,20 @@ def top_tokens(index: Index, layer: int, feature: int, k: int = 10) -> pd.DataFr
         occurrences the feature fires on), ``mean`` (activation there).
     """
     positions, values = index.entries(layer, feature)
-    tokens = index.flat_tokens[positions]
-    counts = np.bincount(tokens)
-    present = np.flatnonzero(counts)
-    if len(present) > k:
-        least = np.partition(counts[present], len(present) - k)[len(present) - k]
-        present = present[counts[present] >= least]
+    tokens = torch.from_numpy(index.flat_tokens.take(positions))
+    counts = tokens.bincount()
+    # By way of float32: torch widens float16 to it eight at a time, but not to float64.
+    totals = tokens.bincount(_tensor(values).float().double()).numpy()
+    least = counts.topk(min(k, len(counts))).values[-1].clamp(min=1)
+    present, counts = (counts >= least).nonzero().squeeze(1).numpy(), counts.numpy()
     chosen = present[np.argsort(-counts[present], kind="stable")[:k]]
-    means = [values[tokens == token].mean(dtype=np.float32) for token in chosen]
     return pd.DataFrame(
         {
             "token": chosen,
             "count": counts[chosen],
             "share": counts[chosen] / len(tokens),
             "of_token": counts[chosen] / index.token_counts[chosen],
-            "mean": means,
+            "mean": totals[chosen] / counts[chosen],
         }
     )
 
@@ -133,8 +134,13 @@ _ACTIVATIONS = np.arange(0x7C00, dtype=np.int16).view(np.float16).astype(np.floa
 def _counts_below(values: Float16[np.ndarray, " entry"]) -> Int[np.ndarray, " code+1"]:
     """How many activations are smaller than each that float16 can hold: a sorted list in all but name."""
     below = np.zeros(len(_ACTIVATIONS) + 1, int)
-    np.cumsum(np.bincount(values.view(np.int16), minlength=len(_ACTIVATIONS)), out=below[1:])
+    # Counted by torch, which does not widen a whole array of small integers first, as NumPy does.
+    np.cumsum(_tensor(values.view(np.int16)).bincount(minlength=len(_ACTIVATIONS)).numpy(), out=below[1:])
     return below
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.copy())  # a copy may be written to, which torch insists on
 
 
 def _code_of_rank(below: np.ndarray, rank: int) -> int:
