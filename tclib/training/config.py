@@ -60,7 +60,7 @@ class TrainConfig(BaseModel):
     pull: NonNegativeFloat = 0.0  # relu, jumprelu: how fast biases of dead features rise, in units of lr per step
     aux: NonNegativeFloat = 1 / 32  # topk, batchtopk: weight of the error explained by dead features
     dead_after: PositiveInt = 200_000  # tokens without firing after which a feature counts as dead
-    sparse_from: PositiveInt = 8192  # features from which inactive ones are skipped (on processors, in full precision)
+    sparse_from: PositiveInt = 1024  # features from which inactive ones are skipped (on processors, in full precision)
     sparse_below: float = Field(0.2, ge=0, le=1)  # ... in steps after one whose share of active features was below this
     screen_below: float = Field(0.03, ge=0, le=1)  # ... and below this, candidates come from a bfloat16 product
     bfloat16: bool = False  # matrix products in bfloat16: about twice as fast on processors that have it
