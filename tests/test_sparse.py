@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import tclib as tc
-from tclib.training import screening, sparse
+from tclib.training import integers, screening, sparse
 from tclib.training.pairs import Pairs
 from tclib.training.sparse import SparseStudent, make_student
 from tclib.training.student import Student
@@ -28,7 +28,8 @@ KINDS = {
     "jumprelu": {"activation": "jumprelu", "bandwidth": 0.05, "l0": 0.01},
 }
 WIDTH, FEATURES, TOKENS = 24, 320, 300
-WAYS = {"exact": 0.0, "screened": 1.0}  # screen_below
+WAYS = {"exact": 0.0, "bfloat16": 1.0, "int8": 1.0}  # screen_below
+needs_int8 = pytest.mark.skipif(not integers.int8_hardware(), reason="this processor or torch has no fast int8")
 
 
 def config(kind, **changes):
@@ -64,21 +65,22 @@ def twins(kind, dtype=torch.float64, **changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["exact", "bfloat16", pytest.param("int8", marks=needs_int8)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["64", "32"])
-def test_gradients_are_those_of_the_dense_step(kind, skip, way, dtype, bound):
-    plain, sparse = twins(kind, dtype, skip=skip, screen_below=WAYS[way])
+def test_gradients_are_those_of_the_dense_step(kind, skip, way, dtype, bound, monkeypatch):
+    monkeypatch.setattr(sparse, "int8_hardware", lambda: way == "int8")
+    plain, fast = twins(kind, dtype, skip=skip, screen_below=WAYS[way])
     x, y = plain.scaled(*data(dtype, seed=1))
     for dead in (False, True):
-        for s in (plain, sparse):
+        for s in (plain, fast):
             s.silent[::5] = 10**9 if dead else 0
-        (sums, z), (sums2, pairs) = plain.gradients(x, y, 0.7), sparse.gradients(x, y, 0.7)
+        (sums, z), (sums2, pairs) = plain.gradients(x, y, 0.7), fast.gradients(x, y, 0.7)
         assert isinstance(pairs, Pairs)
         dense = torch.zeros_like(z).index_put((pairs.token, pairs.feature), pairs.z)
         torch.testing.assert_close(dense, z, rtol=bound, atol=bound)
         torch.testing.assert_close(torch.stack(sums2), torch.stack(sums), rtol=bound, atol=0)
         assert 0.002 < float((z > 0).double().mean()) < 0.2
-        for (name, p), q in zip(plain.transcoder.named_parameters(), sparse.transcoder.parameters(), strict=True):
+        for (name, p), q in zip(plain.transcoder.named_parameters(), fast.transcoder.parameters(), strict=True):
             if p.requires_grad:
                 distance = (p.grad - q.grad).norm() / p.grad.norm()
                 assert distance < bound, f"{name}: {distance}"
@@ -242,6 +244,58 @@ def test_screening_names_few_pairs_in_vain():
     assert active <= len(screening.Screen(4096, 768)(x, weights, b, floor)) < 1.8 * active
     best = torch.full((4096,), 0.0)
     assert len(screening.Screen(4096, 768)(x, weights, best, floor, k=8)) < 4 * 8 * len(x)
+
+
+@needs_int8
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), tokens=st.integers(1, 300), scale=st.floats(-4, 4), bias=st.floats(-4, 4),
+    uneven=st.floats(0, 3), d=st.sampled_from([3, 40, 130]), loose=st.booleans(),
+)  # fmt: skip
+def test_integers_miss_no_pair_or_say_that_they_cannot(seed, tokens, scale, bias, uneven, d, loose):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, d, generator=draw) * 10 ** (uneven * torch.randn(tokens, 1, generator=draw))
+    weights = torch.randn(70, d, generator=draw) * 10 ** (scale + uneven * torch.randn(70, 1, generator=draw))
+    weights[seed % 70], x[seed % tokens] = 0, 0
+    b = torch.randn(70, generator=draw) * 10 ** (scale + bias)
+    floor = torch.randn(70, generator=draw).abs() * 10 ** (scale + bias)
+    with pytest.MonkeyPatch.context() as patch:
+        if loose:  # bounds of any width are bounds
+            patch.setattr(integers, "LOOSE", 1e9)
+        key = integers.IntegerScreen()(x, weights, b, floor)
+    if key is None:
+        return
+    assert (key.diff() > 0).all()
+    wanted = (x.double() @ weights.double().T + b.double()).T > floor[:, None]
+    assert not set(wanted.flatten().nonzero().squeeze(1).tolist()) - set(key.tolist())
+    assert not set(screening.exact(x, weights, b, floor)[0].tolist()) - set(key.tolist())
+
+
+@needs_int8
+def test_integers_name_few_pairs_in_vain_and_leave_outlying_rows_to_bfloat16():
+    draw = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(256, 768, generator=draw), torch.randn(4096, 768, generator=draw) / 768**0.5
+    b, floor = torch.full((4096,), -2.88), torch.zeros(4096)
+    active = len(screening.exact(x, weights, b, floor)[0])
+    assert active <= len(integers.IntegerScreen()(x, weights, b, floor)) < 5 * active
+    x[:, 7] *= 30
+    assert integers.IntegerScreen()(x, weights, b, floor) is None
+
+
+@needs_int8
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), low=st.floats(-3, 3), high=st.floats(-3, 3), up=st.booleans())
+def test_products_of_coordinates_are_on_the_safe_side(seed, low, high, up):
+    draw = torch.Generator().manual_seed(seed)
+    u, v = (10 ** (low + (high - low) * torch.rand(50, generator=draw)) for _ in range(2))
+    v[seed % 50] = 0
+    pair = integers._coordinates(u, v, up)
+    if pair is not None:
+        tokens, features = (side.double() for side in pair)
+        true = torch.outer(u.double(), v.double())
+        excess = tokens @ features.T - (true if up else -true)
+        assert (excess >= 0).all()
+        assert (excess <= 0.02 * true.max() + 0.02 * true + tokens.shape[1] * 127).all()
 
 
 def test_without_bfloat16_hardware_the_product_is_exact(monkeypatch):

@@ -1,8 +1,8 @@
 """The sparse training step: what `student.Student` computes, for active features alone.
 
 Only active pairs of feature and token have an activation or a gradient, and there are few of them. What is left of the
-dense step is the encoder product that finds them, and `screening` runs that one in bfloat16: it misses no active pair,
-and the candidates that it names are computed again in full precision. The rest are sums over pairs:
+dense step is the encoder product that finds them, and `integers` or `screening` runs that one in int8 or bfloat16: they
+miss no active pair, and the candidates that they name are computed again in full precision. The rest are sums over pairs:
 
     error = y - z W_dec - b_dec        r = dL/d(output) = -2 error        dL/dz = r W_dec^T + price
     dW_dec = z^T r                     dW_enc = x^T dL/dz                 db_enc = sum of dL/dz
@@ -13,6 +13,8 @@ the work itself. Adam is dense in both: a feature without a gradient still moves
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -21,6 +23,7 @@ from torch import Tensor
 from tclib.training import distributed
 from tclib.training.architectures import batch_threshold
 from tclib.training.config import TrainConfig
+from tclib.training.integers import IntegerScreen, int8_hardware
 from tclib.training.pairs import Pairs
 from tclib.training.screening import CHUNK, Screen, bfloat16_hardware, exact
 from tclib.training.student import Student
@@ -43,7 +46,6 @@ class SparseStudent(Student):
         super().__init__(layer, x, y, config)
         W_enc = self.transcoder.W_enc
         W_enc.data = W_enc.data.T.contiguous().T  # a feature's weights side by side
-        self.screen = Screen(*W_enc.T.shape)
         expected = config.k or config.start_l0 or config.d_features
         self.density = torch.tensor(expected / config.d_features, dtype=torch.float64)  # of the step before
 
@@ -119,11 +121,21 @@ class SparseStudent(Student):
                 return _kept(pairs, pre, pre >= batch_threshold(pre, c.k, len(x)))
             rank *= 2
 
+    @cached_property
+    def screen(self) -> Screen:
+        return Screen(*self.transcoder.W_enc.T.shape)
+
+    @cached_property
+    def integers(self) -> IntegerScreen:
+        return IntegerScreen()
+
     def _above(self, x: Tensor, floor: Float[Tensor, " d_features"], k: int | None = None) -> tuple[Pairs, Tensor]:
         """Pairs with a pre-activation above the floor; with k, not all below their token's k-th largest."""
         W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
         if self.density < self.config.screen_below and bfloat16_hardware():
-            pairs = Pairs.of(self.screen(x, W, b, floor, k).sort().values, len(W), len(x))
+            found = self.integers(x, W, b, floor) if k is None and int8_hardware() else None
+            found = self.screen(x, W, b, floor, k).sort().values if found is None else found
+            pairs = Pairs.of(found, len(W), len(x))
             pre = pairs.dots(W, x) + b[pairs.feature]
         else:
             key, pre = exact(x, W, b, floor, k)
