@@ -262,13 +262,53 @@ def test_integers_miss_no_pair_or_say_that_they_cannot(seed, tokens, scale, bias
     with pytest.MonkeyPatch.context() as patch:
         if loose:  # bounds of any width are bounds
             patch.setattr(integers, "LOOSE", 1e9)
-        key = integers.IntegerScreen()(x, weights, b, floor)
-    if key is None:
+        found = integers.IntegerScreen()(x, weights, b, floor)
+    if found is None:
         return
+    key, level = found
+    assert not level.any()
     assert (key.diff() > 0).all()
     wanted = (x.double() @ weights.double().T + b.double()).T > floor[:, None]
     assert not set(wanted.flatten().nonzero().squeeze(1).tolist()) - set(key.tolist())
     assert not set(screening.exact(x, weights, b, floor)[0].tolist()) - set(key.tolist())
+
+
+@needs_int8
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), tokens=st.integers(1, 300), scale=st.floats(-4, 4), bias=st.floats(-4, 1),
+    uneven=st.floats(0, 1), k=st.integers(1, 9),
+)  # fmt: skip
+def test_integers_name_all_pairs_above_the_level_of_their_token(seed, tokens, scale, bias, uneven, k):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 40, generator=draw) * 10 ** (uneven * torch.randn(tokens, 1, generator=draw))
+    weights = torch.randn(70, 40, generator=draw) * 10 ** (scale + uneven * torch.randn(70, 1, generator=draw))
+    b = torch.randn(70, generator=draw) * 10 ** (scale + bias)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integers, "LOOSE", 1e9)
+        found = integers.IntegerScreen()(x, weights, b, torch.zeros(70), k)
+    if found is None:
+        return
+    key, level = found
+    pre = (x.double() @ weights.double().T + b.double()).T
+    wanted = (pre >= level) & (pre > 0)
+    assert not set(wanted.flatten().nonzero().squeeze(1).tolist()) - set(key.tolist())
+
+
+@needs_int8
+@pytest.mark.parametrize("bound", [-3.0, 0.0, 3.0])
+def test_topk_is_right_even_where_the_guessed_level_is_not(bound, monkeypatch):
+    """A level that is too high, so that tokens have to be looked at again."""
+    largest, again = integers.IntegerScreen._largest, []
+    monkeypatch.setattr(integers.IntegerScreen, "_largest", lambda s, t, f, b, k: largest(s, t, f, bound * b, k))
+    exact = sparse.exact
+    monkeypatch.setattr(sparse, "exact", lambda x, *rest: again.append(len(x)) or exact(x, *rest))
+    plain, fast = twins("topk", torch.float32, screen_below=1.0)
+    x, y = plain.scaled(*data(torch.float32, seed=1))
+    (_, z), (_, pairs) = plain.gradients(x, y), fast.gradients(x, y)
+    dense = torch.zeros_like(z).index_put((pairs.token, pairs.feature), pairs.z)
+    torch.testing.assert_close(dense, z, rtol=1e-5, atol=1e-5)
+    assert bool(again) == (bound <= 0), again
 
 
 @needs_int8
@@ -277,7 +317,10 @@ def test_integers_name_few_pairs_in_vain_and_leave_outlying_rows_to_bfloat16():
     x, weights = torch.randn(256, 768, generator=draw), torch.randn(4096, 768, generator=draw) / 768**0.5
     b, floor = torch.full((4096,), -2.88), torch.zeros(4096)
     active = len(screening.exact(x, weights, b, floor)[0])
-    assert active <= len(integers.IntegerScreen()(x, weights, b, floor)) < 5 * active
+    assert active <= len(integers.IntegerScreen()(x, weights, b, floor)[0]) < 5 * active
+    many, level = integers.IntegerScreen()(x, weights, torch.zeros(4096), floor, k=8)
+    assert 8 * len(x) <= len(many) < 8 * 8 * len(x)
+    assert ((x @ weights.T >= level[:, None]).sum(1) >= 8).float().mean() > 0.99  # few tokens are looked at twice
     x[:, 7] *= 30
     assert integers.IntegerScreen()(x, weights, b, floor) is None
 

@@ -46,8 +46,8 @@ def exact(
         if k is None:
             above = pre.numpy() > floor.numpy()[:, None]
         else:
-            kth = _kth(_grouped(pre, k), k).numpy()
-            above = (pre.numpy() >= kth) & (pre.numpy() > 0)
+            least = kth(grouped(pre, k), k).numpy()
+            above = (pre.numpy() >= least) & (pre.numpy() > 0)
         hits = np.flatnonzero(above)
         keys.append(_keys(hits, pre.shape[1], first, len(x)))
         values.append(pre.flatten()[torch.from_numpy(hits)])
@@ -82,11 +82,11 @@ class Screen:
             order = upper.view(torch.int16)  # positive numbers compare as these integers do
             least = np.int16(1)
             if k is not None:
-                best = _grouped(order, k).clamp(min=0).view(torch.bfloat16).float()
-                excess = _grouped(margin, k) @ length[first : first + CHUNK].T
-                lower = best * (1 - 2 * ROUNDING) - excess - _grouped(slack[:, None], k)
-                kth = (_kth(lower, k) * (1 - 2 * ROUNDING)).clamp(min=0)
-                least = (kth.view(torch.int32) >> 16).clamp(min=1).to(torch.int16).numpy()  # rounded down
+                best = grouped(order, k).clamp(min=0).view(torch.bfloat16).float()
+                excess = grouped(margin, k) @ length[first : first + CHUNK].T
+                lower = best * (1 - 2 * ROUNDING) - excess - grouped(slack[:, None], k)
+                low = (kth(lower, k) * (1 - 2 * ROUNDING)).clamp(min=0)
+                least = (low.view(torch.int32) >> 16).clamp(min=1).to(torch.int16).numpy()  # rounded down
             np.greater_equal(order.numpy(), least, out=self.above[:size].reshape(shape))
             keys.append(_keys(np.flatnonzero(self.above[:size]), len(chunk), first, len(x)))
         return torch.cat(keys)
@@ -131,14 +131,14 @@ def _up(value: Tensor) -> Tensor:
     return (value * (1 + 2 * ROUNDING)).bfloat16()
 
 
-def _grouped(values: Tensor, k: int) -> Tensor:
+def grouped(values: Tensor, k: int) -> Tensor:
     """The largest of each group of features, for at least k groups."""
     size = max(1, min(GROUP, len(values) // (4 * k)))
     count = len(values) // size
     return values[: count * size].view(size, count, -1).amax(0)
 
 
-def _kth(values: Tensor, k: int) -> Tensor:
+def kth(values: Tensor, k: int) -> Tensor:
     """The k-th largest of each column. That of group maxima is at most that of all."""
     columns = values.T.contiguous().numpy()
     return torch.from_numpy(np.partition(columns, -k, axis=1)[:, -k].copy())

@@ -1,8 +1,8 @@
 """The sparse training step: what `student.Student` computes, for active features alone.
 
 Only active pairs of feature and token have an activation or a gradient, and there are few of them. What is left of the
-dense step is the encoder product that finds them, and `integers` or `screening` runs that one in int8 or bfloat16: they
-miss no active pair, and the candidates that they name are computed again in full precision. The rest are sums over pairs:
+dense step is the encoder product that finds them, and `integers` or `screening` runs that one in int8 or bfloat16. No
+active pair is missed, and the candidates are computed again in full precision. The rest are sums over pairs:
 
     error = y - z W_dec - b_dec        r = dL/d(output) = -2 error        dL/dz = r W_dec^T + price
     dW_dec = z^T r                     dW_enc = x^T dL/dz                 db_enc = sum of dL/dz
@@ -17,7 +17,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tclib.training import distributed
@@ -133,15 +133,29 @@ class SparseStudent(Student):
         """Pairs with a pre-activation above the floor; with k, not all below their token's k-th largest."""
         W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
         if self.density < self.config.screen_below and bfloat16_hardware():
-            found = self.integers(x, W, b, floor) if k is None and int8_hardware() else None
-            found = self.screen(x, W, b, floor, k).sort().values if found is None else found
-            pairs = Pairs.of(found, len(W), len(x))
-            pre = pairs.dots(W, x) + b[pairs.feature]
+            found = self.integers(x, W, b, floor, k) if int8_hardware() else None
+            key, level = found or (self.screen(x, W, b, floor, k), torch.zeros_like(x[:, 0]))
+            pairs, pre = self._scored(key, x)
+            short = (torch.bincount(pairs.token[pre >= level[pairs.token]], minlength=len(x)) < (k or 0)) & (level > 0)
+            if short.any():  # the guessed levels were too high
+                pairs, pre = self._scored(self._replaced(pairs, short, x, k), x)
         else:
             key, pre = exact(x, W, b, floor, k)
             key, order = key.sort()
             pairs, pre = Pairs.of(key, len(W), len(x)), pre[order]
         return _kept(pairs, pre, pre > floor[pairs.feature])
+
+    def _scored(self, key: Tensor, x: Tensor) -> tuple[Pairs, Tensor]:
+        W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
+        pairs = Pairs.of(key.sort().values, len(W), len(x))
+        return pairs, pairs.dots(W, x) + b[pairs.feature]
+
+    def _replaced(self, pairs: Pairs, short: Bool[Tensor, " token"], x: Tensor, k: int) -> Int[Tensor, " pair"]:
+        """The candidates, for some tokens by the exact product."""
+        t, n, which = self.transcoder, len(x), short.nonzero().squeeze(1)
+        key, _ = exact(x[which], t.W_enc.T, t.b_enc, torch.zeros_like(t.b_enc), k)
+        rest = ~short[pairs.token]
+        return torch.cat([(pairs.feature * n + pairs.token)[rest], key // len(which) * n + which[key % len(which)]])
 
     def _with_dead(self, pairs: Pairs, x: Tensor, r: Tensor, error: Tensor) -> tuple[Pairs, *tuple[Tensor, ...]]:
         """Aux-k: dead features see each token a second time, with what was missed there as their target."""
