@@ -72,8 +72,8 @@ class Gated:
             return self._difference(gates).item()
 
     def share(self, circuit: Sequence[Node]) -> float:
-        """(m(circuit) - m(empty)) / (m(model) - m(empty))."""
-        return (self.difference(circuit) - self.empty) / (self.whole - self.empty)
+        """(m(circuit) - m(empty)) / (m(model) - m(empty)); NaN if nothing depends on YY."""
+        return (self.difference(circuit) - self.empty) / (self.whole - self.empty or float("nan"))
 
     def scores(self, steps: int = 5) -> pd.Series:
         """Each node's part in m(model) - m(empty): gradients of its gate, integrated while all gates open together.
