@@ -87,10 +87,11 @@ def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98) -> Graph:
     feature = _is(graph, ("feature",))
     reached = influence(graph)
     kept = (reached >= _threshold(reached, nodes)) | fixed
-    among = _shares(graph, kept)
-    weights = _weights(graph)
+    index = kept.nonzero().squeeze(1)  # few: all that follows is small beside the graph
+    among, weights = _shares(graph, index), _weights(graph)[index]
     score = among * (_propagate(among, weights) + weights)[:, None]
-    edge = (score >= _threshold(score.flatten(), edges)) & (score > 0)
+    edge = torch.zeros_like(graph.adjacency, dtype=torch.bool)
+    edge[index[:, None], index] = (score >= _threshold(score.flatten(), edges)) & (score > 0)
     while True:  # a node without a way in or out leaves, which may strand others
         stays = kept & (edge.any(0) | fixed) & (edge.any(1) | ~feature)
         if (stays == kept).all():
@@ -142,12 +143,10 @@ def _with_remainder(graph: Graph, kept: Tensor, edge: Tensor) -> Graph:
     return type(graph)(nodes.astype(graph.nodes.dtypes), torch.cat([small[:-targets], empty, small[-targets:]]))
 
 
-def _shares(graph: Graph, kept: Tensor | None = None) -> Tensor:
-    effects = graph.adjacency.abs()
-    effects[:, _is(graph, ("bias",))] = 0
-    if kept is not None:
-        effects[~kept] = 0
-        effects[:, ~kept] = 0
+def _shares(graph: Graph, among: Int[Tensor, " node"] | None = None) -> Tensor:
+    bias = _is(graph, ("bias",))
+    effects = graph.adjacency.abs() if among is None else graph.adjacency[among[:, None], among].abs()
+    effects[:, bias if among is None else bias[among]] = 0
     return shares(effects)
 
 
