@@ -42,7 +42,7 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
         notebooks = select(repo / "notebooks", options.only)
         for notebook in notebooks:
             check_names(notebook, parameters)
-        prepare(parameters)
+        prepare(parameters, notebooks)
         folder = new_folder(repo / "runs", options.name)
     except Refused as error:
         print(error, file=sys.stderr)
@@ -92,9 +92,9 @@ def read_parameters(options: argparse.Namespace) -> dict[str, Any]:
     return parameters
 
 
-def prepare(parameters: dict[str, Any]) -> None:
+def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
     """For another model than the bundled one: give it its published transcoders, fetch both, print what they need and
-    how well they fit.
+    how well they fit. A notebook's metadata may say that its largest tables are small (`work_tokens`).
 
     Raises Refused if they cannot be had, do not belong together or do not fit into memory.
     """
@@ -103,13 +103,16 @@ def prepare(parameters: dict[str, Any]) -> None:
         return
     from tclib import hub
     from tclib.formats import check_fit, load_transcoders, memory_plan  # takes seconds to import
+    from tclib.formats.load import WORK_TOKENS
     from tclib.model import load_model
 
     if model in hub.TRANSCODERS:
         parameters.setdefault("transcoders", model)
     where = parameters.get("transcoders", "bundled")
     try:
-        print(f"{memory_plan(model, where).round(1).to_string()}\n", flush=True)
+        about = [json.loads(path.read_text(encoding="utf-8"))["metadata"].get("tclib", {}) for path in notebooks]
+        work = max(own.get("work_tokens", WORK_TOKENS) for own in about)
+        print(f"{memory_plan(model, where, work=work).round(1).to_string()}\n", flush=True)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             fit = check_fit(load_model(model), load_transcoders(where))

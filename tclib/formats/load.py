@@ -63,11 +63,13 @@ def load_transcoders(
     return layers
 
 
-def memory_plan(model: str, transcoders: str | Path = "bundled", device: str | None = None) -> pd.DataFrame:
+def memory_plan(
+    model: str, transcoders: str | Path = "bundled", device: str | None = None, work: int = WORK_TOKENS
+) -> pd.DataFrame:
     """What a model and its transcoders need, in GB by part, from the headers of their files; downloads them if need be.
 
-    ``while it loads`` is a second copy of the weights; ``work`` an estimate of the notebooks' largest tables, fitted to
-    the peak of notebook 04 at full scale: 8,192 tokens, over the vocabulary and ten times over a layer's features.
+    ``while it loads`` is a second copy of the weights; ``work`` an estimate of the largest tables, over so many tokens:
+    once over the vocabulary and 13 times over a layer's features, fitted to notebook 04 at full scale.
     Transcoders that stay in their files take no memory of their own.
 
     Raises:
@@ -84,7 +86,7 @@ def memory_plan(model: str, transcoders: str | Path = "bundled", device: str | N
         "model": size,
         "while it loads": size,
         "transcoders": sum(layer.copied_bytes(place, torch.float32) for layer in stored.values()),
-        "work": 4 * WORK_TOKENS * (10 * widest + vocabulary),
+        "work": 4 * work * (13 * widest + vocabulary),
     }
     return check_memory(needs, place)
 
