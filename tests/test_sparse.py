@@ -260,6 +260,7 @@ def test_integers_miss_no_pair_or_say_that_they_cannot(seed, tokens, scale, bias
     b = torch.randn(70, generator=draw) * 10 ** (scale + bias)
     floor = torch.randn(70, generator=draw).abs() * 10 ** (scale + bias)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integers, "ROOM", 1000)  # many blocks
         if loose:  # bounds of any width are bounds
             patch.setattr(integers, "LOOSE", 1e9)
         found = integers.IntegerScreen()(x, weights, b, floor)
@@ -286,6 +287,7 @@ def test_integers_name_all_pairs_above_the_level_of_their_token(seed, tokens, sc
     b = torch.randn(70, generator=draw) * 10 ** (scale + bias)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(integers, "LOOSE", 1e9)
+        patch.setattr(integers, "ROOM", 1000)
         found = integers.IntegerScreen()(x, weights, b, torch.zeros(70), k)
     if found is None:
         return
@@ -325,6 +327,47 @@ def test_integers_name_few_pairs_in_vain_and_leave_outlying_rows_to_bfloat16():
     assert integers.IntegerScreen()(x, weights, b, floor) is None
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), d=st.integers(1, 60), common=st.booleans(), scale=st.floats(-6, 6))
+def test_sums_of_integers_are_never_below_the_product(seed, d, common, scale):
+    """Rows whose entries lie just before the middle of two integers, read by inputs that add all that is lost."""
+    draw = torch.Generator().manual_seed(seed)
+    whole = torch.randint(-120, 121, (30, d), generator=draw).float()
+    weights = whole + 0.4999 * torch.where(whole < 0, -1, 1)
+    weights[:, 0] = 127
+    x = torch.cat([(weights - weights.round()).sign(), torch.randn(30, d, generator=draw)])
+    weights, x = weights * 10**scale, x + 0.1 * torch.randn(x.shape, generator=draw)
+    b, floor = (torch.randn(30, generator=draw) * 10**scale for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integers, "LOOSE", 1e9)
+        t, w = integers._rounded(x), integers._rounded(weights, common)
+        tokens, features = integers._operands(t, w, b, floor)
+    units = torch.outer(t.scale.double(), w.scale.double())
+    pre = x.double() @ weights.double().T + b.double() - floor.double()
+    assert (tokens.double() @ features.double().T >= pre / units).all()
+
+
+def test_equal_values_are_kept_in_the_order_of_features_whatever_else_is_there():
+    for extra in range(6):
+        value = torch.tensor([0.5, 1.0, 1.0] + [0.1] * extra)
+        pairs = Pairs(torch.arange(len(value)), torch.zeros(len(value), dtype=torch.int64), 10, 1)
+        assert pairs.largest(value, 1).nonzero().flatten().tolist() == [1]
+        assert pairs.largest(value, 2).nonzero().flatten().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("missing", ["int8_hardware", "bfloat16_hardware"])
+def test_one_kind_of_hardware_is_enough(missing, monkeypatch):
+    if missing == "bfloat16_hardware" and not integers.int8_hardware():
+        pytest.skip("this processor or torch has no fast int8")
+    monkeypatch.setattr(sparse, "int8_hardware", integers.int8_hardware)
+    monkeypatch.setattr(sparse, "bfloat16_hardware", lambda: True)
+    monkeypatch.setattr(sparse, missing, lambda: False)
+    monkeypatch.setattr(sparse, "exact", None)  # would fail if it were used
+    plain, fast = twins("relu", torch.float32, screen_below=1.0)
+    x, y = plain.scaled(*data(torch.float32))
+    assert plain.gradients(x, y)[0][2] == fast.gradients(x, y)[0][2]
+
+
 @needs_int8
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), low=st.floats(-3, 3), high=st.floats(-3, 3), up=st.booleans())
@@ -341,10 +384,11 @@ def test_products_of_coordinates_are_on_the_safe_side(seed, low, high, up):
         assert (excess <= 0.02 * true.max() + 0.02 * true + tokens.shape[1] * 127).all()
 
 
-def test_without_bfloat16_hardware_the_product_is_exact(monkeypatch):
+def test_without_the_hardware_the_product_is_exact(monkeypatch):
     plain, fast = twins("relu", torch.float32, screen_below=1.0)
     fast.screen = None  # would fail if it were used
     monkeypatch.setattr(sparse, "bfloat16_hardware", lambda: False)
+    monkeypatch.setattr(sparse, "int8_hardware", lambda: False)
     x, y = plain.scaled(*data(torch.float32))
     (loss, _, active), _ = plain.gradients(x, y)
     (loss2, _, active2), _ = fast.gradients(x, y)

@@ -62,7 +62,7 @@ class TrainConfig(BaseModel):
     dead_after: PositiveInt = 200_000  # tokens without firing after which a feature counts as dead
     sparse_from: PositiveInt = 1024  # features from which inactive ones are skipped (on processors, in full precision)
     sparse_below: float = Field(0.2, ge=0, le=1)  # ... in steps after one whose share of active features was below this
-    screen_below: float = Field(0.03, ge=0, le=1)  # ... and below this, candidates come from a bfloat16 product
+    screen_below: float = Field(0.03, ge=0, le=1)  # ... and below this, candidates come from a rounded product
     bfloat16: bool = False  # matrix products in bfloat16: about twice as fast on processors that have it
     seed: NonNegativeInt = 0
 

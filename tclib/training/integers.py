@@ -6,10 +6,12 @@ A row of x or of the weights becomes integers of at most 127, times a scale. Wit
 
 by measured lengths; integers are added exactly. Divided by the two scales, these terms and the bias are products of a
 number of the token and one of the feature. `_coordinates` rounds each in the safe direction to a few more coordinates,
-so that a pair is a candidate if one product of integers is not negative.
+so that a pair is a candidate if one product of integers is not negative. (Lengths must not underflow: rows of scaled
+activations are far above 1e-18.)
 
 For TopK, all features share one scale, so that sums are comparable, and each token's level is guessed: its k-th largest
-sum less the bound. Every pair above the level is a candidate; whether k of them are above it, full precision will say.
+sum less the bound, but at least 1, which a positive pair reaches. Every pair above the level is a candidate; whether k
+of them are above it, full precision will say.
 
 Rows with a few large entries are rounded coarsely. Where the bound would be looser than `LOOSE`, or would need more
 than `MOST` coordinates, there is no answer, and bfloat16 screens.
@@ -35,13 +37,15 @@ ROOM = 512 * 24_576  # products at once: 50 MB
 BLOCK = 256  # rows that are rounded and measured at once, in the cache
 PADDING = 32  # widths are multiples of this
 GUESS = 1.1  # how much of the bound is taken off a token's k-th largest sum: more, and few tokens are looked at twice
-SAFE = 1e-5  # more than float32 loses in a few operations
+SAFE = 1e-5  # more than float32 loses in a few operations; what norms of long rows lose, `sums` covers
+SMALL = 1e-36  # a unit below it would lose its digits
 
 
 def int8_hardware() -> bool:
-    """Whether this processor adds products of int8 exactly and fast (VNNI, AMX) and torch can tell."""
+    """Whether this processor adds products of int8 exactly and fast (VNNI, AMX) and torch can tell and use it."""
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return hasattr(torch, "_int_mm") and any(known.get(name, False) for name in ("avx512_vnni", "amx_int8"))
+    usable = hasattr(torch, "_int_mm") and torch.backends.mkldnn.is_available()
+    return usable and any(known.get(name, False) for name in ("avx512_vnni", "amx_int8"))
 
 
 class IntegerScreen:
@@ -58,8 +62,9 @@ class IntegerScreen:
         floor: Float[Tensor, " d_features"],
         k: int | None = None,
     ) -> tuple[Int[Tensor, " candidate"], Float[Tensor, " token"]] | None:
-        """Every pair above its feature's floor, or with k above its token's level, and some a little below, as
-        ``feature * tokens + token``; and the levels, 0 where all positive pairs are named. None: too loose a bound."""
+        """Every pair above its feature's floor (ascending), or with k and floors of 0 every positive pair above its
+        token's level (not in order), and some a little below, as ``feature * tokens + token``; and the levels, 0 where
+        all positive pairs are named. None: too loose a bound."""
         if not len(x):
             return torch.empty(0, dtype=torch.int64), x.new_empty(0)
         t, w = _rounded(x), _rounded(weights, common=k is not None)
@@ -171,7 +176,7 @@ def _coordinates(
     copies = total.max().item() / LARGEST
     if unit == 0:
         return u.new_zeros(len(u), 0, dtype=torch.int8), v.new_zeros(len(v), 0, dtype=torch.int8)
-    if not copies <= MOST:
+    if unit < SMALL or not copies <= MOST:
         return None
     copies, rounded = int(copies) + 1, torch.ceil if up else torch.floor
     digit = (v / unit).floor()

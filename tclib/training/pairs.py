@@ -59,14 +59,15 @@ class Pairs:
             out[first : first + BLOCK] = _sums(self.token[here], rows, start - start[0], weight[here])
 
     def largest(self, value: Float[Tensor, " pair"], k: int) -> Bool[Tensor, " pair"]:
-        """Which are among the k largest values of their token."""
+        """Which are among the k largest values of their token; of equal values, the first."""
         order = torch.argsort(self.token, stable=True).numpy()
         token, start = self.token.numpy()[order], _starts(self.token, self.shape[1]).numpy()
         place = np.arange(len(order)) - start[token]
         table = np.full((self.shape[1], max(k, place.max(initial=0) + 1)), -np.inf, dtype=value.numpy().dtype)
         table[token, place] = value.numpy()[order]
-        chosen = np.zeros(table.shape, dtype=bool)
-        np.put_along_axis(chosen, np.argpartition(table, -k, axis=1)[:, -k:], True, axis=1)
+        kth = np.partition(table, -k, axis=1)[:, -k, None]
+        chosen, equal = table > kth, table == kth
+        chosen |= equal & (equal.cumsum(1) <= k - chosen.sum(1, keepdims=True))
         which = np.empty(len(order), dtype=bool)
         which[order] = chosen[token, place]
         return torch.from_numpy(which)

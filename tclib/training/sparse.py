@@ -132,30 +132,39 @@ class SparseStudent(Student):
     def _above(self, x: Tensor, floor: Float[Tensor, " d_features"], k: int | None = None) -> tuple[Pairs, Tensor]:
         """Pairs with a pre-activation above the floor; with k, not all below their token's k-th largest."""
         W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
-        if self.density < self.config.screen_below and bfloat16_hardware():
-            found = self.integers(x, W, b, floor, k) if int8_hardware() else None
-            key, level = found or (self.screen(x, W, b, floor, k), torch.zeros_like(x[:, 0]))
-            pairs, pre = self._scored(key, x)
-            short = (torch.bincount(pairs.token[pre >= level[pairs.token]], minlength=len(x)) < (k or 0)) & (level > 0)
-            if short.any():  # the guessed levels were too high
-                pairs, pre = self._scored(self._replaced(pairs, short, x, k), x)
-        else:
+        found = self._screened(x, floor, k) if self.density < self.config.screen_below else None
+        if found is None:
             key, pre = exact(x, W, b, floor, k)
             key, order = key.sort()
             pairs, pre = Pairs.of(key, len(W), len(x)), pre[order]
+        else:
+            key, level = found
+            pairs, pre = self._scored(key, x)
+            short = (torch.bincount(pairs.token[pre >= level[pairs.token]], minlength=len(x)) < (k or 0)) & (level > 0)
+            if short.any():  # the guessed levels were too high
+                pairs, pre = self._scored(self._completed(pairs, short, x, k), x)
         return _kept(pairs, pre, pre > floor[pairs.feature])
+
+    def _screened(self, x: Tensor, floor: Tensor, k: int | None) -> tuple[Tensor, Tensor] | None:
+        """Candidates and the levels down to which they are complete, from the fastest product that this processor has
+        and whose bound is tight; None if there is none."""
+        W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
+        found = self.integers(x, W, b, floor, k) if int8_hardware() else None
+        if found is None and bfloat16_hardware():
+            found = self.screen(x, W, b, floor, k), torch.zeros_like(x[:, 0])
+        return found
 
     def _scored(self, key: Tensor, x: Tensor) -> tuple[Pairs, Tensor]:
         W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
         pairs = Pairs.of(key.sort().values, len(W), len(x))
         return pairs, pairs.dots(W, x) + b[pairs.feature]
 
-    def _replaced(self, pairs: Pairs, short: Bool[Tensor, " token"], x: Tensor, k: int) -> Int[Tensor, " pair"]:
-        """The candidates, for some tokens by the exact product."""
+    def _completed(self, pairs: Pairs, short: Bool[Tensor, " token"], x: Tensor, k: int) -> Int[Tensor, " pair"]:
+        """The candidates, and for some tokens those of the exact product: few, so that its cost does not matter."""
         t, n, which = self.transcoder, len(x), short.nonzero().squeeze(1)
         key, _ = exact(x[which], t.W_enc.T, t.b_enc, torch.zeros_like(t.b_enc), k)
-        rest = ~short[pairs.token]
-        return torch.cat([(pairs.feature * n + pairs.token)[rest], key // len(which) * n + which[key % len(which)]])
+        key = key // len(which) * n + which[key % len(which)]
+        return torch.cat([pairs.feature * n + pairs.token, key]).unique()
 
     def _with_dead(self, pairs: Pairs, x: Tensor, r: Tensor, error: Tensor) -> tuple[Pairs, *tuple[Tensor, ...]]:
         """Aux-k: dead features see each token a second time, with what was missed there as their target."""
