@@ -22,6 +22,7 @@ from tclib import connections, index, text
 from tclib.activations import mlp_activations
 from tclib.evaluation import latents, measure
 from tclib.index import build, connect, pairs, read, search, store
+from tclib.training import integers
 from tests import index_worker
 from tests.conftest import REPO
 from tests.tiny import make_model, make_transcoder
@@ -506,9 +507,14 @@ def test_the_bundled_summary_is_of_the_bundled_weights_and_right():
     assert set(latents.truth(labelled)) & set(summary.features["latent"].dropna())
 
 
+@pytest.mark.parametrize("way", ["bfloat16", "int8"])
 @pytest.mark.parametrize("activation", ["relu", "jumprelu"])
-def test_screening_finds_what_the_plain_way_finds(activation, monkeypatch):
+def test_screening_finds_what_the_plain_way_finds(activation, way, monkeypatch):
     """Up to pairs at the very edge, where float32 sums in another order decide."""
+    if way == "int8" and not integers.int8_hardware():
+        pytest.skip("this processor or torch has no fast int8")
+    monkeypatch.setattr(pairs, "int8_hardware", lambda: way == "int8")
+    monkeypatch.setattr(integers, "LOOSE", 9.0)
     transcoder = make_transcoder(0, d_features=512, activation=activation)
     transcoder.b_enc -= 2
     x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
@@ -517,6 +523,8 @@ def test_screening_finds_what_the_plain_way_finds(activation, monkeypatch):
     monkeypatch.setattr(pairs, "bfloat16_hardware", lambda: True)
     screened = pairs.Finder(transcoder)
     assert plain.screen is None and screened.screen is not None
+    if way == "int8":
+        screened.screen = {"not": "used"}
     z = []
     for found in (plain(x), screened(x)):
         z.append(np.zeros((300, 512), np.float32))

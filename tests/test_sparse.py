@@ -340,7 +340,7 @@ def test_sums_of_integers_are_never_below_the_product(seed, d, common, scale):
     b, floor = (torch.randn(30, generator=draw) * 10**scale for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(integers, "LOOSE", 1e9)
-        t, w = integers._rounded(x), integers._rounded(weights, common)
+        t, w = integers.rounded(x), integers.rounded(weights, common)
         tokens, features = integers._operands(t, w, b, floor)
     units = torch.outer(t.scale.double(), w.scale.double())
     pre = x.double() @ weights.double().T + b.double() - floor.double()

@@ -25,6 +25,7 @@ from tclib.index.pairs import CHUNK, Finder
 from tclib.index.store import DTYPES, FLAT, FORMAT, ArrayFile, Index, blocks, fingerprint, new_folder, write_json
 from tclib.intervene import edited
 from tclib.training.files import text_hash
+from tclib.training.integers import ROOM
 from tclib.transcoder import Transcoder
 
 BATCH_ROWS = 16
@@ -68,7 +69,8 @@ def plan(model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens
     c = model.cfg
     forward = 4 * batch * (20 * c.d_model + 4 * c.n_heads * width + 2 * len(transcoders) * c.d_model)
     encoding = 4 * 4 * CHUNK * max(t.config.d_features for t in transcoders.values())
-    encoding += sum(7 * f.rows.numel() for f in finders.values() if f.screen)  # rows, and their bfloat16 copy
+    large = [f for f in finders.values() if f.screen]
+    encoding += sum(8 * f.rows.numel() for f in large) + (5 * ROOM if large else 0)  # rows, bfloat16 and int8 copies
     of_part = min(1.0, PART_TOKENS / tokens.numel())
     collected = (10 * sum(activations.values()) + 40 * max(activations.values())) * of_part
     return Plan(

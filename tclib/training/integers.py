@@ -67,7 +67,7 @@ class IntegerScreen:
         all positive pairs are named. None: too loose a bound."""
         if not len(x):
             return torch.empty(0, dtype=torch.int64), x.new_empty(0)
-        t, w = _rounded(x), _rounded(weights, common=k is not None)
+        t, w = rounded(x), self.load(weights, common=k is not None)
         operands = _operands(t, w, bias, floor)
         if operands is None:
             return None
@@ -78,6 +78,10 @@ class IntegerScreen:
         bound = (t.length * w.lost.max() + t.lost * w.kept.max()) / units
         keys, level = self._largest(tokens, features, bound, k)
         return torch.from_numpy(keys), torch.where(level > 1, level * units * (1 + SAFE), 0)
+
+    def load(self, weights: Float[Tensor, "d_features d_in"], common: bool) -> Rounded:
+        """Take over the weights."""
+        return rounded(weights, common)
 
     def _above_zero(self, tokens: Tensor, features: Tensor) -> Int[np.ndarray, " candidate"]:
         """In blocks of features, so that the candidates come in order."""
@@ -115,7 +119,7 @@ class IntegerScreen:
         return rooms[0].view(rows, columns), rooms[1].reshape(rows, columns)
 
 
-def _operands(t: _Rounded, w: _Rounded, bias: Tensor, floor: Tensor) -> tuple[Tensor, Tensor] | None:
+def _operands(t: Rounded, w: Rounded, bias: Tensor, floor: Tensor) -> tuple[Tensor, Tensor] | None:
     """Integers of tokens and features whose products are not negative wherever a pair is above its floor."""
     d = t.whole.shape[1]
     if not d**0.5 * (t.loss() + w.loss()) < LOOSE:
@@ -138,7 +142,9 @@ def _operands(t: _Rounded, w: _Rounded, bias: Tensor, floor: Tensor) -> tuple[Te
     return F.pad(tokens, (0, rest)), F.pad(features, (0, rest))
 
 
-class _Rounded(NamedTuple):
+class Rounded(NamedTuple):
+    """Rows in whole numbers, and what that loses."""
+
     whole: Int8[Tensor, "row d"]
     scale: Float[Tensor, " row"]
     length: Float[Tensor, " row"]
@@ -149,7 +155,8 @@ class _Rounded(NamedTuple):
         return (torch.linalg.vector_norm(self.lost) / torch.linalg.vector_norm(self.length).clamp(min=1e-30)).item()
 
 
-def _rounded(rows: Float[Tensor, "row d"], common: bool = False) -> _Rounded:
+def rounded(rows: Float[Tensor, "row d"], common: bool = False) -> Rounded:
+    """Each row as integers and a scale, or all with one in ``common``."""
     largest = torch.cat([part.abs().amax(1) for part in rows.split(BLOCK)])
     smallest = largest.max().item() * (1 if common else SMALLEST)
     scale = largest.clamp(min=max(smallest, 1e-30)) / 127
@@ -161,7 +168,7 @@ def _rounded(rows: Float[Tensor, "row d"], common: bool = False) -> _Rounded:
         norms = [torch.linalg.vector_norm(values, dim=1) for values in (part, kept, kept - part)]
         lengths.append(torch.stack(norms) * (1 + SAFE))
     length, kept, lost = torch.cat(lengths, 1)
-    return _Rounded(whole, scale, length, kept, lost + SAFE * length)
+    return Rounded(whole, scale, length, kept, lost + SAFE * length)
 
 
 def _coordinates(
