@@ -1,16 +1,12 @@
 """Two processes train what one process trains, on the same global batches."""
 
-import subprocess
-import sys
-
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import tclib as tc
-from tests.conftest import REPO
-from tests.crash_worker import CONFIGS, config, text
+from tests.crash_worker import config, text
+from tests.rank_worker import assert_one_and_two_agree, launch
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -20,16 +16,8 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 def test_two_ranks_reproduce_one(tmp_path):
     make_model(tmp_path / "model")
     for processes in (1, 2):
-        out = tmp_path / str(processes)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += ["-m", "tests.rank_worker", str(tmp_path / "model"), str(out)]
-        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr[-3000:]
-    for name in CONFIGS:
-        for layer in (0, 1):
-            one, two = (load_file(tmp_path / str(n) / name / f"layer_{layer}.safetensors") for n in (1, 2))
-            for key in one:
-                torch.testing.assert_close(one[key], two[key], rtol=1e-8, atol=1e-9, msg=f"{name} {layer} {key}")
+        launch(tmp_path, processes)
+    assert_one_and_two_agree(tmp_path)
     one, two = (pd.read_json(tmp_path / str(n) / "history.json") for n in (1, 2))
     pd.testing.assert_frame_equal(one, two, rtol=1e-8)
 

@@ -1,23 +1,18 @@
 """The sparse step gives the plain step's gradients and trajectories; screening misses nothing."""
 
-import json
-import subprocess
-import sys
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 import tclib as tc
 from tclib.training import integers, screening, sparse
 from tclib.training.pairs import Pairs
 from tclib.training.sparse import SparseStudent, make_student
 from tclib.training.student import Student
-from tests.conftest import REPO
-from tests.crash_worker import CONFIGS
+from tests.rank_worker import assert_one_and_two_agree, launch
 from tests.tiny import make_model
 
 KINDS = {
@@ -407,15 +402,6 @@ def test_who_gets_which_step():
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes_with_the_sparse_step_reproduce_one_with_the_plain_step(tmp_path):
     make_model(tmp_path / "model")
-    sparse_always = {"start_l0": None, "sparse_from": 1, "sparse_below": 1, "screen_below": 1}
-    for processes, changes in ((1, {"start_l0": None}), (2, sparse_always)):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += ["-m", "tests.rank_worker", str(tmp_path / "model"), str(tmp_path / str(processes))]
-        command += [json.dumps(changes)]
-        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr[-3000:]
-    for name in CONFIGS:
-        for layer in (0, 1):
-            one, two = (load_file(tmp_path / str(n) / name / f"layer_{layer}.safetensors") for n in (1, 2))
-            for key in one:
-                torch.testing.assert_close(one[key], two[key], rtol=1e-8, atol=1e-9, msg=f"{name} {layer} {key}")
+    launch(tmp_path, 1, start_l0=None)
+    launch(tmp_path, 2, start_l0=None, sparse_from=1, sparse_below=1, screen_below=1)
+    assert_one_and_two_agree(tmp_path)
