@@ -174,7 +174,7 @@ def large_index(folder: Path) -> Index:
             files["values"].write(rng.exponential(1.0, count))
         for file in files.values():
             file.close()
-        store.write_json(part, about)
+        store.finish(part, about)
     return Index(folder)
 
 

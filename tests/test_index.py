@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tclib import connections, index, text
 from tclib.activations import mlp_activations
 from tclib.evaluation import latents, measure
-from tclib.index import build, connect, pairs, read, search, store
+from tclib.index import build, connect, often, pairs, read, search, store
 from tclib.training import integers
 from tests import index_worker
 from tests.conftest import REPO
@@ -202,6 +202,24 @@ def test_top_tokens(built, dense, tokens):
         assert row.mean == pytest.approx(z[here].mean().item(), rel=1e-3)
 
 
+def test_tokens_of_features_that_fire_often_are_counted_beforehand(
+    model, transcoders, tokens, built, tmp_path, monkeypatch
+):
+    counts = search.statistics(built, 1).set_index("feature")["count"]
+    monkeypatch.setattr(often, "OFTEN", 100)
+    monkeypatch.setattr(often, "KEPT", 4)
+    whole = index.build_index(model, transcoders, tokens, tmp_path / "whole")
+    shards = [index.build_index(model, transcoders, tokens, tmp_path / f"{i}", shard=(i, 2)).folder for i in range(2)]
+    assert same_bytes(index.merge(shards, tmp_path / "merged"), whole)
+    for feature, count in counts[counts > 0].items():
+        assert bool(len(whole.often(1, feature))) == (count >= 100) and not len(built.often(1, feature))
+        for k in (2, 4, 9):
+            pd.testing.assert_frame_equal(read.top_tokens(whole, 1, feature, k), read.top_tokens(built, 1, feature, k))
+    np.save(whole.folder / "layer_1.often.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="is damaged: a table of tokens has other columns"):
+        index.Index(whole.folder)
+
+
 def test_context_shows_neighbours_and_stops_at_the_row(built, dense):
     feature = int(search.statistics(built, 0)["count"].idxmax())
     z = dense[0][:, feature].view(ROWS, WIDTH).numpy().astype(np.float16)
@@ -330,7 +348,7 @@ def test_memory_does_not_grow_with_the_text(model, transcoders, tokens, tmp_path
 
 def test_an_interrupted_build_goes_on(model, transcoders, tokens, built, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "PART_TOKENS", build.BATCH_ROWS * WIDTH)
-    real, calls = build._batch, []
+    real, calls = build.active_pairs, []
 
     def stop_at_third(*arguments):
         calls.append(1)
@@ -338,7 +356,7 @@ def test_an_interrupted_build_goes_on(model, transcoders, tokens, built, tmp_pat
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(build, "_batch", stop_at_third)
+    monkeypatch.setattr(build, "active_pairs", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         index.build_index(model, transcoders, tokens, tmp_path / "index")
     assert not (tmp_path / "index").exists()

@@ -11,7 +11,6 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,61 +20,26 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.evaluation.measure import check
-from tclib.index.pairs import CHUNK, Finder
-from tclib.index.store import DTYPES, FLAT, FORMAT, ArrayFile, Index, blocks, fingerprint, new_folder, write_json
+from tclib.index.pairs import Finder
+from tclib.index.store import (
+    DTYPES,
+    FLAT,
+    FORMAT,
+    ArrayFile,
+    Index,
+    blocks,
+    fingerprint,
+    finish,
+    new_folder,
+    refuse_another,
+)
 from tclib.intervene import edited
 from tclib.training.files import text_hash
-from tclib.training.integers import ROOM
 from tclib.transcoder import Transcoder
 
 BATCH_ROWS = 16
 PART_TOKENS = 16_384
 MERGED_AT_ONCE = 1_000_000  # activations
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an index will take, from a few rows of the text."""
-
-    tokens: int
-    activations: dict[int, int]  # by layer
-    disk: int  # bytes of the finished index
-    working_disk: int  # bytes at the worst moment, parts included
-    memory: int  # bytes beside the weights; grows with a batch and a part, not with the text
-
-    def __str__(self) -> str:
-        return (
-            f"{self.tokens:,} tokens, about {sum(self.activations.values()):,} activations: {self.disk / 1e6:,.1f} MB "
-            f"on disk ({self.working_disk / 1e6:,.1f} MB while it is made), {self.memory / 1e6:,.0f} MB of memory"
-        )
-
-
-def plan(model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens: Int[Tensor, "row pos"]) -> Plan:
-    """Predict disk and memory before anything long is run; the density is measured on one batch of rows.
-
-    Raises:
-        ValueError: no text, or transcoders that do not fit the model.
-    """
-    _check(model, transcoders, tokens)
-    spread = torch.linspace(0, len(tokens) - 1, min(BATCH_ROWS, len(tokens))).long().unique()
-    finders = {layer: Finder(t) for layer, t in transcoders.items()}
-    found = _batch(model, finders, tokens[spread], 0)
-    share = len(tokens) / len(spread)
-    activations = {layer: round(len(pairs["values"]) * share) for layer, pairs in found.items()}
-    each = sum(d.itemsize for d in DTYPES.values())
-    fixed = sum(8 * (t.config.d_features + 1) + 4 * tokens.numel() for t in transcoders.values()) + 4 * tokens.numel()
-    disk = each * sum(activations.values()) + fixed
-    batch, width = min(BATCH_ROWS, len(tokens)) * tokens.shape[1], tokens.shape[1]
-    c = model.cfg
-    forward = 4 * batch * (20 * c.d_model + 4 * c.n_heads * width + 2 * len(transcoders) * c.d_model)
-    encoding = 4 * 4 * CHUNK * max(t.config.d_features for t in transcoders.values())
-    large = [f for f in finders.values() if f.screen]
-    encoding += sum(8 * f.rows.numel() for f in large) + (5 * ROOM if large else 0)  # rows, bfloat16 and int8 copies
-    of_part = min(1.0, PART_TOKENS / tokens.numel())
-    collected = (10 * sum(activations.values()) + 40 * max(activations.values())) * of_part
-    return Plan(
-        tokens.numel(), activations, disk, 2 * disk, round(forward + encoding + collected + 40 * MERGED_AT_ONCE)
-    )
 
 
 def build_index(
@@ -97,7 +61,7 @@ def build_index(
         ValueError: no text, transcoders that do not fit, a shard without rows, a full disk, or a folder begun with
             other weights or another text (both are named).
     """
-    _check(model, transcoders, tokens)
+    check_texts(model, transcoders, tokens)
     folder = Path(folder)
     start, stop = _shard_rows(len(tokens), shard)
     about = _about(model, transcoders, tokens, start, stop)
@@ -105,7 +69,7 @@ def build_index(
         if not (folder / "index.json").exists():
             raise ValueError(f"{folder} exists and holds no index: choose a new folder")
         index = Index(folder)
-        _refuse_another(index.about, about, folder)
+        refuse_another(index.about, about, folder)
         return index
     work = folder.with_name(folder.name + ".part")
     work.mkdir(parents=True, exist_ok=True)
@@ -117,7 +81,7 @@ def build_index(
         parts.append(work / f"rows_{rows.start:09d}")
         expected = about | {"rows": [rows.start, rows.stop]}
         if parts[-1].exists():
-            _refuse_another(Index(parts[-1]).about, expected, parts[-1])
+            refuse_another(Index(parts[-1]).about, expected, parts[-1])
         else:
             _write_part(model, finders, tokens[rows.start : rows.stop], expected, parts[-1])
     index = merge(parts, folder)
@@ -136,7 +100,7 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Index:
     parts = sorted((Index(folder) for folder in folders), key=lambda part: part.about["rows"])
     first = parts[0]
     for before, part in zip(parts, parts[1:], strict=False):
-        _refuse_another(first.about, part.about | {"rows": first.about["rows"]}, first.folder)
+        refuse_another(first.about, part.about | {"rows": first.about["rows"]}, first.folder)
         if before.about["rows"][1] != part.about["rows"][0]:
             raise ValueError(
                 f"rows {before.about['rows'][1]} to {part.about['rows'][0]} are missing or twice between "
@@ -150,7 +114,7 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Index:
         np.save(folder / "tokens.npy", np.concatenate([part.tokens for part in parts]))
         for layer in first.layers:
             _merge_layer(parts, layer, folder)
-        write_json(folder, about)
+        finish(folder, about)
     return Index(out)
 
 
@@ -192,7 +156,7 @@ def _joined(parts: Sequence[Index], layer: int, begin: int, end: int) -> dict[st
 def _write_part(model, finders: Mapping[int, Finder], rows: Tensor, about: dict, folder: Path) -> None:
     collected = {layer: defaultdict(list) for layer in finders}
     for start in range(0, len(rows), BATCH_ROWS):
-        found = _batch(model, finders, rows[start : start + BATCH_ROWS], about["rows"][0] + start)
+        found = active_pairs(model, finders, rows[start : start + BATCH_ROWS], about["rows"][0] + start)
         for layer, arrays in found.items():
             for name, array in arrays.items():
                 collected[layer][name].append(array)
@@ -208,11 +172,13 @@ def _write_part(model, finders: Mapping[int, Finder], rows: Tensor, about: dict,
             np.save(part / f"layer_{layer}.scale.npy", arrays.pop("scale"))
             for name, array in arrays.items():
                 np.save(part / f"layer_{layer}.{name}.npy", array[order].astype(DTYPES[name]))
-        write_json(part, about)
+        finish(part, about)
 
 
 @torch.no_grad()
-def _batch(model, finders: Mapping[int, Finder], rows: Tensor, first_row: int) -> dict[int, dict[str, np.ndarray]]:
+def active_pairs(
+    model, finders: Mapping[int, Finder], rows: Tensor, first_row: int
+) -> dict[int, dict[str, np.ndarray]]:
     """Active pairs of one batch, and the LayerNorm scales of all its positions."""
     rows = rows.to(model.cfg.device)
     scales = {layer: f"blocks.{layer}.ln2.hook_scale" for layer in finders}
@@ -253,7 +219,7 @@ def _run(model: TransformerBridge, rows: Tensor, names: set[str], stop: int) -> 
     return cache
 
 
-def _check(model, transcoders, tokens: Tensor) -> None:
+def check_texts(model, transcoders, tokens: Tensor) -> None:
     if not transcoders:
         raise ValueError("there is no transcoder to index: give at least one layer")
     check(model, transcoders, tokens)
@@ -289,11 +255,3 @@ def _about(model, transcoders, tokens: Tensor, start: int, stop: int) -> dict:
         "layers": layers,
     }
     return json.loads(json.dumps(about))
-
-
-def _refuse_another(old: dict, new: dict, folder: Path) -> None:
-    for key in new:
-        if old.get(key) != new[key]:
-            raise ValueError(
-                f"{folder} was made from {key} {old.get(key)}, not {new[key]}: use another folder, or remove it"
-            )

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float16, Float32, Int, Int32
 from torch import Tensor
 
+from tclib.index.often import commonest
 from tclib.index.store import Index
 
 
@@ -70,7 +71,7 @@ def bands(index: Index, layer: int, feature: int, n: int = 5, each: int = 3, see
     possible = possible[np.argsort(codes[possible], kind="stable")]  # by strength, then in reading order
     first = np.searchsorted(codes[possible], wanted)
     chosen = possible[first + np.array(ranks) - below[wanted]]
-    band, low, high = zip(*rows, strict=True)
+    band, low, high = map(np.array, zip(*rows, strict=True))
     return _table(index, positions[chosen], values[chosen], band=band, low=low, high=high)
 
 
@@ -82,20 +83,17 @@ def top_tokens(index: Index, layer: int, feature: int, k: int = 10) -> pd.DataFr
         occurrences the feature fires on), ``mean`` (activation there).
     """
     positions, values = index.entries(layer, feature)
-    tokens = torch.from_numpy(index.flat_tokens.take(positions))
-    counts = tokens.bincount()
-    # By way of float32: torch widens float16 to it eight at a time, but not to float64.
-    totals = tokens.bincount(_tensor(values).float().double()).numpy()
-    least = counts.topk(min(k, len(counts))).values[-1].clamp(min=1)
-    present, counts = (counts >= least).nonzero().squeeze(1).numpy(), counts.numpy()
-    chosen = present[np.argsort(-counts[present], kind="stable")[:k]]
+    found = index.often(layer, feature)
+    if len(found) < k:
+        found = commonest(index.flat_tokens.take(positions), values, k)
+    token, counts = found["token"][:k], found["count"][:k]
     return pd.DataFrame(
         {
-            "token": chosen,
-            "count": counts[chosen],
-            "share": counts[chosen] / len(tokens),
-            "of_token": counts[chosen] / index.token_counts[chosen],
-            "mean": totals[chosen] / counts[chosen],
+            "token": token,
+            "count": counts,
+            "share": counts / len(positions),
+            "of_token": counts / index.token_counts[token],
+            "mean": found["mean"][:k],
         }
     )
 

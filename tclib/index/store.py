@@ -6,6 +6,7 @@ layer_0.offsets.npy      int64 [feature + 1]; feature f has the entries offsets[
 layer_0.positions.npy    int32: row * width + pos, counted from the first row of the whole text, ascending
 layer_0.values.npy       float16: activations
 layer_0.scale.npy        float32 [row * width]: what the LayerNorm before the MLP divided by
+layer_0.often.npy        commonest tokens of features that fire often (`tclib.index.often`)
 
 A folder appears whole or not at all. Where BOS stands nothing is kept: it is the same vector in every row and no word.
 """
@@ -24,13 +25,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Int, Int32
+from jaxtyping import Bool, Float, Float16, Int, Int32, Shaped
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from tclib.index.often import ROW, write_often
 from tclib.transcoder import Transcoder
 
-FORMAT = 1
+FORMAT = 2
 FLAT = ("positions", "values")  # one entry per activation
 DTYPES = {"positions": np.dtype("<i4"), "values": np.dtype("<f2")}
 _PERIOD = 65_521  # a prime, so that no matrix width divides it
@@ -58,6 +60,9 @@ class Index:
             self.offsets = {layer: np.array(self._load(f"layer_{layer}.offsets")) for layer in self.layers}
             self.scale = {layer: self._load(f"layer_{layer}.scale") for layer in self.layers}
             self._flat = {(layer, name): self._load(f"layer_{layer}.{name}") for layer in self.layers for name in FLAT}
+            self._often = {layer: np.array(self._load(f"layer_{layer}.often")) for layer in self.layers}
+            if any(table.dtype != ROW for table in self._often.values()):
+                raise ValueError("a table of tokens has other columns")
             for (layer, name), array in self._flat.items():
                 if len(array) != self.offsets[layer][-1]:
                     raise ValueError(f"layer_{layer}.{name}.npy has {len(array)} entries")
@@ -141,6 +146,11 @@ class Index:
             )
         positions, values = (self._flat[layer, name][start:stop] for name in FLAT)
         return self._from_first(positions), values
+
+    def often(self, layer: int, feature: int) -> Shaped[np.ndarray, " token"]:
+        """The commonest tokens of a feature that fires often, as `tclib.index.often.ROW`; of others no row."""
+        table = self._often[layer]
+        return table[slice(*np.searchsorted(table["feature"], [feature, feature + 1]))]
 
     def _from_first(self, positions: np.ndarray) -> np.ndarray:
         return positions - np.int32(self.first) if self.first else positions
@@ -252,5 +262,16 @@ def blocks(offsets: Int[np.ndarray, " feature+1"], most: int = 1_000_000) -> Ite
         begin = end
 
 
-def write_json(folder: Path, about: dict) -> None:
+def finish(folder: Path, about: dict) -> None:
+    """Add what follows from the other files."""
+    for layer in about["layers"]:
+        write_often(folder, layer, about["rows"][0] * about["width"])
     (folder / "index.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+
+
+def refuse_another(old: dict, new: dict, folder: Path) -> None:
+    for key in new:
+        if old.get(key) != new[key]:
+            raise ValueError(
+                f"{folder} was made from {key} {old.get(key)}, not {new[key]}: use another folder, or remove it"
+            )

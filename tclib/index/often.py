@@ -1,0 +1,41 @@
+"""The commonest tokens of features that fire often, counted once, since counting them at every look takes too long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float16, Int32, Shaped
+
+OFTEN = 2**15  # activations; fewer are counted in half a millisecond
+KEPT = 100  # tokens of a feature
+ROW = np.dtype([("feature", "<i8"), ("token", "<i8"), ("count", "<i8"), ("mean", "<f8")])
+
+
+def commonest(
+    tokens: Int32[np.ndarray, " entry"], values: Float16[np.ndarray, " entry"], k: int
+) -> Shaped[np.ndarray, " token"]:
+    """The k commonest tokens, in order, with how often each is there and the mean value; rows of dtype `ROW`."""
+    tokens = torch.from_numpy(tokens)
+    counts = tokens.bincount()
+    # By way of float32: torch widens float16 to it eight at a time, but not to float64. It insists on a copy.
+    totals = tokens.bincount(torch.from_numpy(values.copy()).float().double()).numpy()
+    least = counts.topk(min(k, len(counts))).values[-1].clamp(min=1)
+    present, counts = (counts >= least).nonzero().squeeze(1).numpy(), counts.numpy()
+    chosen = present[np.argsort(-counts[present], kind="stable")[:k]]
+    rows = np.zeros(len(chosen), ROW)
+    rows["token"], rows["count"], rows["mean"] = chosen, counts[chosen], totals[chosen] / counts[chosen]
+    return rows
+
+
+def write_often(folder: Path, layer: int | str, first: int) -> None:
+    """Add the table of a layer to an index whose other files are there; ``first`` is the position it begins at."""
+    read = {name: np.load(folder / f"layer_{layer}.{name}.npy", mmap_mode="r") for name in ("positions", "values")}
+    offsets, tokens = np.load(folder / f"layer_{layer}.offsets.npy"), np.load(folder / "tokens.npy").ravel()
+    tables = [np.zeros(0, ROW)]
+    for feature in np.flatnonzero(np.diff(offsets) >= OFTEN):
+        entries = slice(*offsets[feature : feature + 2])
+        tables.append(commonest(tokens[read["positions"][entries] - first], np.array(read["values"][entries]), KEPT))
+        tables[-1]["feature"] = feature
+    np.save(folder / f"layer_{layer}.often.npy", np.concatenate(tables))
