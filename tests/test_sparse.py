@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tclib as tc
-from tclib.training import integers, screening, sparse
+from tclib.training import active, integers, screening
 from tclib.training.pairs import Pairs
 from tclib.training.sparse import SparseStudent, make_student
 from tclib.training.student import Student
@@ -63,7 +63,7 @@ def twins(kind, dtype=torch.float64, **changes):
 @pytest.mark.parametrize("way", ["exact", "bfloat16", pytest.param("int8", marks=needs_int8)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["64", "32"])
 def test_gradients_are_those_of_the_dense_step(kind, skip, way, dtype, bound, monkeypatch):
-    monkeypatch.setattr(sparse, "int8_hardware", lambda: way == "int8")
+    monkeypatch.setattr(active, "int8_hardware", lambda: way == "int8")
     plain, fast = twins(kind, dtype, skip=skip, screen_below=WAYS[way])
     x, y = plain.scaled(*data(dtype, seed=1))
     for dead in (False, True):
@@ -176,8 +176,8 @@ def test_a_batch_without_any_active_feature():
         _, s = twins(kind, screen_below=1.0)
         with torch.no_grad():
             s.transcoder.b_enc -= 100
-        (loss, squared, active), pairs = s.gradients(*s.scaled(*data()))
-        assert active == 0 and len(pairs) == 0 and loss == squared
+        (loss, squared, count), pairs = s.gradients(*s.scaled(*data()))
+        assert count == 0 and len(pairs) == 0 and loss == squared
         assert not s.transcoder.W_dec.grad.any() and not s.transcoder.W_enc.grad.any()
 
 
@@ -235,8 +235,8 @@ def test_screening_names_few_pairs_in_vain():
     draw = torch.Generator().manual_seed(0)
     x, weights = torch.randn(256, 768, generator=draw), torch.randn(4096, 768, generator=draw) / 768**0.5
     b, floor = torch.full((4096,), -2.88), torch.zeros(4096)
-    active = len(screening.exact(x, weights, b, floor)[0])
-    assert active <= len(screening.Screen(4096, 768)(x, weights, b, floor)) < 1.8 * active
+    few = len(screening.exact(x, weights, b, floor)[0])
+    assert few <= len(screening.Screen(4096, 768)(x, weights, b, floor)) < 1.8 * few
     best = torch.full((4096,), 0.0)
     assert len(screening.Screen(4096, 768)(x, weights, best, floor, k=8)) < 4 * 8 * len(x)
 
@@ -298,8 +298,8 @@ def test_topk_is_right_even_where_the_guessed_level_is_not(bound, monkeypatch):
     """A level that is too high, so that tokens have to be looked at again."""
     largest, again = integers.IntegerScreen._largest, []
     monkeypatch.setattr(integers.IntegerScreen, "_largest", lambda s, t, f, b, k: largest(s, t, f, bound * b, k))
-    exact = sparse.exact
-    monkeypatch.setattr(sparse, "exact", lambda x, *rest: again.append(len(x)) or exact(x, *rest))
+    exact = active.exact
+    monkeypatch.setattr(active, "exact", lambda x, *rest: again.append(len(x)) or exact(x, *rest))
     plain, fast = twins("topk", torch.float32, screen_below=1.0)
     x, y = plain.scaled(*data(torch.float32, seed=1))
     (_, z), (_, pairs) = plain.gradients(x, y), fast.gradients(x, y)
@@ -313,8 +313,8 @@ def test_integers_name_few_pairs_in_vain_and_leave_outlying_rows_to_bfloat16():
     draw = torch.Generator().manual_seed(0)
     x, weights = torch.randn(256, 768, generator=draw), torch.randn(4096, 768, generator=draw) / 768**0.5
     b, floor = torch.full((4096,), -2.88), torch.zeros(4096)
-    active = len(screening.exact(x, weights, b, floor)[0])
-    assert active <= len(integers.IntegerScreen()(x, weights, b, floor)[0]) < 5 * active
+    few = len(screening.exact(x, weights, b, floor)[0])
+    assert few <= len(integers.IntegerScreen()(x, weights, b, floor)[0]) < 5 * few
     many, level = integers.IntegerScreen()(x, weights, torch.zeros(4096), floor, k=8)
     assert 8 * len(x) <= len(many) < 8 * 8 * len(x)
     assert ((x @ weights.T >= level[:, None]).sum(1) >= 8).float().mean() > 0.99  # few tokens are looked at twice
@@ -354,10 +354,10 @@ def test_equal_values_are_kept_in_the_order_of_features_whatever_else_is_there()
 def test_one_kind_of_hardware_is_enough(missing, monkeypatch):
     if missing == "bfloat16_hardware" and not integers.int8_hardware():
         pytest.skip("this processor or torch has no fast int8")
-    monkeypatch.setattr(sparse, "int8_hardware", integers.int8_hardware)
-    monkeypatch.setattr(sparse, "bfloat16_hardware", lambda: True)
-    monkeypatch.setattr(sparse, missing, lambda: False)
-    monkeypatch.setattr(sparse, "exact", None)  # would fail if it were used
+    monkeypatch.setattr(active, "int8_hardware", integers.int8_hardware)
+    monkeypatch.setattr(active, "bfloat16_hardware", lambda: True)
+    monkeypatch.setattr(active, missing, lambda: False)
+    monkeypatch.setattr(active, "exact", None)  # would fail if it were used
     plain, fast = twins("relu", torch.float32, screen_below=1.0)
     x, y = plain.scaled(*data(torch.float32))
     assert plain.gradients(x, y)[0][2] == fast.gradients(x, y)[0][2]
@@ -381,13 +381,13 @@ def test_products_of_coordinates_are_on_the_safe_side(seed, low, high, up):
 
 def test_without_the_hardware_the_product_is_exact(monkeypatch):
     plain, fast = twins("relu", torch.float32, screen_below=1.0)
-    fast.screen = None  # would fail if it were used
-    monkeypatch.setattr(sparse, "bfloat16_hardware", lambda: False)
-    monkeypatch.setattr(sparse, "int8_hardware", lambda: False)
+    fast.active.screen = None  # would fail if it were used
+    monkeypatch.setattr(active, "bfloat16_hardware", lambda: False)
+    monkeypatch.setattr(active, "int8_hardware", lambda: False)
     x, y = plain.scaled(*data(torch.float32))
-    (loss, _, active), _ = plain.gradients(x, y)
-    (loss2, _, active2), _ = fast.gradients(x, y)
-    assert active == active2 and torch.isclose(loss, loss2)
+    (loss, _, count), _ = plain.gradients(x, y)
+    (loss2, _, count2), _ = fast.gradients(x, y)
+    assert count == count2 and torch.isclose(loss, loss2)
 
 
 def test_who_gets_which_step():

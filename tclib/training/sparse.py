@@ -1,8 +1,7 @@
 """The sparse training step: what `student.Student` computes, for active features alone.
 
 Only active pairs of feature and token have an activation or a gradient, and there are few of them. What is left of the
-dense step is the encoder product that finds them, and `integers` or `screening` runs that one in int8 or bfloat16. No
-active pair is missed, and the candidates are computed again in full precision. The rest are sums over pairs:
+dense step is the encoder product that finds them (`active`). The rest are sums over pairs:
 
     error = y - z W_dec - b_dec        r = dL/d(output) = -2 error        dL/dz = r W_dec^T + price
     dW_dec = z^T r                     dW_enc = x^T dL/dz                 db_enc = sum of dL/dz
@@ -13,23 +12,18 @@ the work itself. Adam is dense in both: a feature without a gradient still moves
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from tclib.training import distributed
-from tclib.training.architectures import batch_threshold
+from tclib.training.active import Active
 from tclib.training.config import TrainConfig
-from tclib.training.integers import IntegerScreen, int8_hardware
 from tclib.training.pairs import Pairs
-from tclib.training.screening import CHUNK, Screen, bfloat16_hardware, exact
+from tclib.training.screening import CHUNK
 from tclib.training.student import Student
 from tclib.transcoder import Transcoder
-
-SAMPLE = 64  # tokens from which BatchTopK's threshold is guessed
 
 
 def make_student(layer: int, x: Tensor, y: Tensor, config: TrainConfig) -> Student:
@@ -48,6 +42,7 @@ class SparseStudent(Student):
         W_enc.data = W_enc.data.T.contiguous().T  # a feature's weights side by side
         expected = config.k or config.start_l0 or config.d_features
         self.density = torch.tensor(expected / config.d_features, dtype=torch.float64)  # of the step before
+        self.active = Active(self.transcoder, config)
 
     def gradients(self, x: Tensor, y: Tensor, ramp: float = 1.0) -> tuple[tuple[Tensor, ...], Tensor | Pairs]:
         """As `Student.gradients`; a sparse step gives the activations as pairs, with values ``z``."""
@@ -63,7 +58,7 @@ class SparseStudent(Student):
     @torch.no_grad()
     def _sparse_gradients(self, x: Tensor, y: Tensor, ramp: float) -> tuple[tuple[Tensor, ...], Pairs]:
         t, c, share = self.transcoder, self.config, 1 / (len(x) * distributed.world())
-        found, pre = self._found(x)
+        found, pre = self.active(x, bool(self.density < c.screen_below))
         threshold = t.threshold[found.feature] if c.activation == "jumprelu" else torch.zeros_like(pre)
         active = pre > threshold
         found.z = pre * active
@@ -100,71 +95,6 @@ class SparseStudent(Student):
         for p in self.adam.param_groups[0]["params"]:
             distributed.total(p.grad)
         return (loss, squared, count), found
-
-    def _found(self, x: Tensor) -> tuple[Pairs, Tensor]:
-        """The pairs that take part, with their pre-activations: the active ones, and JumpReLU's in the window."""
-        t, c = self.transcoder, self.config
-        if c.activation == "relu":
-            return self._above(x, torch.zeros_like(t.b_enc))
-        if c.activation == "jumprelu":
-            return self._above(x, t.threshold - c.bandwidth / 2)
-        if c.activation == "topk":
-            pairs, pre = self._above(x, torch.zeros_like(t.b_enc), c.k)
-            return _kept(pairs, pre, pairs.largest(pre, c.k))
-        some = t.pre_activations(x[:: max(1, len(x) // SAMPLE)]).flatten()
-        wanted, rank = c.k * len(x) * distributed.world(), 1.5 * some.numel() * c.k / c.d_features
-        while True:  # until as many are above the guess as are wanted
-            guess = some.kthvalue(max(1, len(some) - int(rank))).values.clamp(min=0) * (rank < len(some))
-            guess = distributed.gathered(guess[None]).max()
-            pairs, pre = self._above(x, guess.expand_as(t.b_enc))
-            if guess == 0 or distributed.total(torch.tensor(len(pairs))) >= wanted:
-                return _kept(pairs, pre, pre >= batch_threshold(pre, c.k, len(x)))
-            rank *= 2
-
-    @cached_property
-    def screen(self) -> Screen:
-        return Screen(*self.transcoder.W_enc.T.shape)
-
-    @cached_property
-    def integers(self) -> IntegerScreen:
-        return IntegerScreen()
-
-    def _above(self, x: Tensor, floor: Float[Tensor, " d_features"], k: int | None = None) -> tuple[Pairs, Tensor]:
-        """Pairs with a pre-activation above the floor; with k, not all below their token's k-th largest."""
-        W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
-        found = self._screened(x, floor, k) if self.density < self.config.screen_below else None
-        if found is None:
-            key, pre = exact(x, W, b, floor, k)
-            key, order = key.sort()
-            pairs, pre = Pairs.of(key, len(W), len(x)), pre[order]
-        else:
-            key, level = found
-            pairs, pre = self._scored(key, x)
-            short = (torch.bincount(pairs.token[pre >= level[pairs.token]], minlength=len(x)) < (k or 0)) & (level > 0)
-            if short.any():  # the guessed levels were too high
-                pairs, pre = self._scored(self._completed(pairs, short, x, k), x)
-        return _kept(pairs, pre, pre > floor[pairs.feature])
-
-    def _screened(self, x: Tensor, floor: Tensor, k: int | None) -> tuple[Tensor, Tensor] | None:
-        """Candidates and the levels down to which they are complete, from the fastest product that this processor has
-        and whose bound is tight; None if there is none."""
-        W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
-        found = self.integers(x, W, b, floor, k) if int8_hardware() else None
-        if found is None and bfloat16_hardware():
-            found = self.screen(x, W, b, floor, k), torch.zeros_like(x[:, 0])
-        return found
-
-    def _scored(self, key: Tensor, x: Tensor) -> tuple[Pairs, Tensor]:
-        W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
-        pairs = Pairs.of(key.sort().values, len(W), len(x))
-        return pairs, pairs.dots(W, x) + b[pairs.feature]
-
-    def _completed(self, pairs: Pairs, short: Bool[Tensor, " token"], x: Tensor, k: int) -> Int[Tensor, " pair"]:
-        """The candidates, and for some tokens those of the exact product: few, so that its cost does not matter."""
-        t, n, which = self.transcoder, len(x), short.nonzero().squeeze(1)
-        key, _ = exact(x[which], t.W_enc.T, t.b_enc, torch.zeros_like(t.b_enc), k)
-        key = key // len(which) * n + which[key % len(which)]
-        return torch.cat([pairs.feature * n + pairs.token, key]).unique()
 
     def _with_dead(self, pairs: Pairs, x: Tensor, r: Tensor, error: Tensor) -> tuple[Pairs, *tuple[Tensor, ...]]:
         """Aux-k: dead features see each token a second time, with what was missed there as their target."""
@@ -207,10 +137,6 @@ class SparseStudent(Student):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         super().restore(_turned(tensors))
         self.density = tensors.get("density", self.density)  # a run may begin on a GPU, by the plain step
-
-
-def _kept(pairs: Pairs, pre: Tensor, which: Tensor) -> tuple[Pairs, Tensor]:
-    return pairs.kept(which), pre[which]
 
 
 def _grad(p: Tensor) -> Tensor:
