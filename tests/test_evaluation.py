@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ import tclib as tc
 from tclib import evaluation, text
 from tclib.activations import mlp_activations
 from tclib.evaluation import controls, fronts, intervals, latents, matching
+from tclib.evaluation.measure import check
 from tclib.intervene import ablate_mlp, run
 from tests.tiny import make_model, make_transcoder
 
@@ -417,11 +419,14 @@ def test_bad_input_gets_one_sentence(model, tokens, change, message):
     assert "\n" not in str(error.value)
 
 
-def test_nan_weights_and_missing_layers(model, tokens, transcoders):
+def test_weights_that_are_not_finite_and_missing_layers(model, tokens, transcoders):
     broken = make_transcoder(1)
-    broken.W_dec[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="W_dec of the transcoder of layer 1 holds NaN"):
-        evaluation.evaluate(model, {0: transcoders[0], 1: broken}, tokens)
+    for bad in ([math.nan], [math.inf], [math.inf, -math.inf]):
+        broken.W_dec[0, : len(bad)] = torch.tensor(bad)
+        with pytest.raises(ValueError, match="W_dec of the transcoder of layer 1 holds NaN"):
+            evaluation.evaluate(model, {0: transcoders[0], 1: broken}, tokens)
+    broken.W_dec[0] = 3e38  # their sum is infinite, but none of them
+    check(model, {1: broken}, tokens)
     with pytest.raises(ValueError, match="layer 2 has no transcoder"):
         evaluation.measure(model, {0: transcoders[0]}, tokens, groups={"both": [0, 2]})
 

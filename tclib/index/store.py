@@ -190,7 +190,7 @@ def fingerprint(module: nn.Module) -> str:
         total, length = 0.0, 0.0
         flat = weight.detach().flatten()
         whole = len(flat) // _PERIOD * _PERIOD
-        for part in (*flat[:whole].view(-1, _PERIOD).split(512), flat[None, whole:]):
+        for part in (*flat[:whole].view(-1, _PERIOD).split(8), flat[None, whole:]):
             total += (part.sum(0) * signs[: part.shape[1]]).sum().item()  # in float64, since the signs are
             length += torch.linalg.vector_norm(part, dim=1).double().square().sum().item()
         digest.update(f"{name} {tuple(weight.shape)} {total / max(length, 1e-30) ** 0.5 + 0.0:.4f}\n".encode())
