@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from tclib import connections, index, text
 from tclib.activations import mlp_activations
@@ -206,18 +208,34 @@ def test_tokens_of_features_that_fire_often_are_counted_beforehand(
     model, transcoders, tokens, built, tmp_path, monkeypatch
 ):
     counts = search.statistics(built, 1).set_index("feature")["count"]
-    monkeypatch.setattr(often, "OFTEN", 100)
+    monkeypatch.setattr(often, "OFTEN", 50)
     monkeypatch.setattr(often, "KEPT", 4)
     whole = index.build_index(model, transcoders, tokens, tmp_path / "whole")
-    shards = [index.build_index(model, transcoders, tokens, tmp_path / f"{i}", shard=(i, 2)).folder for i in range(2)]
-    assert same_bytes(index.merge(shards, tmp_path / "merged"), whole)
+    shards = [index.build_index(model, transcoders, tokens, tmp_path / f"{i}", shard=(i, 2)) for i in range(2)]
+    assert same_bytes(index.merge([shard.folder for shard in shards], tmp_path / "merged"), whole)
     for feature, count in counts[counts > 0].items():
-        assert bool(len(whole.often(1, feature))) == (count >= 100) and not len(built.often(1, feature))
+        assert bool(len(whole.often(1, feature))) == (count >= 50) and not len(built.often(1, feature))
         for k in (2, 4, 9):
             pd.testing.assert_frame_equal(read.top_tokens(whole, 1, feature, k), read.top_tokens(built, 1, feature, k))
-    np.save(whole.folder / "layer_1.often.npy", np.zeros(3))
-    with pytest.raises(ValueError, match="is damaged: a table of tokens has other columns"):
-        index.Index(whole.folder)
+    second, feature = shards[1], int(counts.idxmax())
+    positions, values = second.entries(1, feature)
+    fresh = often.commonest(second.flat_tokens[positions], values, 4)
+    monkeypatch.setattr(read, "commonest", None)  # would fail if it were used
+    table = read.top_tokens(second, 1, feature, 4)
+    assert table["token"].tolist() == fresh["token"].tolist() and table["mean"].tolist() == fresh["mean"].tolist()
+    with pytest.raises(ValueError, match="layer 5 is not in this index"):
+        whole.often(5, 0)
+
+
+def test_a_feature_of_few_tokens_is_not_counted_again(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(often, "OFTEN", 2)
+    shutil.copytree(built.folder, tmp_path / "one")
+    np.save(tmp_path / "one" / "tokens.npy", np.full_like(built.tokens, 3))
+    often.write_often(tmp_path / "one", "0", 0)
+    one, feature = index.Index(tmp_path / "one"), int(search.statistics(built, 0)["count"].idxmax())
+    monkeypatch.setattr(read, "commonest", None)  # would fail if it were used
+    (row,) = read.top_tokens(one, 0, feature, 10).itertuples()
+    assert (row.token, row.count, row.share) == (3, read.count(built, 0, feature), 1.0)
 
 
 def test_context_shows_neighbours_and_stops_at_the_row(built, dense):
@@ -367,11 +385,13 @@ def test_an_interrupted_build_goes_on(model, transcoders, tokens, built, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index"]
 
 
-def test_a_full_disk_leaves_nothing(model, transcoders, tokens, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", [(store.ArrayFile, "write"), (often, "_entries")], ids=["arrays", "tables"])
+def test_a_full_disk_leaves_nothing(model, transcoders, tokens, tmp_path, monkeypatch, where):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.ArrayFile, "write", full)
+    monkeypatch.setattr(*where, full)
+    monkeypatch.setattr(often, "OFTEN", 50)
     with pytest.raises(ValueError, match="could not be written .No space left on device."):
         index.build_index(model, transcoders, tokens, tmp_path / "index")
     assert not (tmp_path / "index").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -417,6 +437,12 @@ def test_another_language_model_is_refused(built, transcoders, tmp_path):
     other = make_model(tmp_path, seed=1)
     with pytest.raises(ValueError, match=f"{built.about['model']}, not from this one, {store.fingerprint(other)}"):
         built.check(other, transcoders)
+
+
+def test_half_precision_is_summed_in_full():
+    layer = nn.Linear(768, 4096).requires_grad_(False)
+    layer.weight.normal_(generator=torch.Generator().manual_seed(0))
+    assert store.fingerprint(layer.bfloat16()) == store.fingerprint(layer.bfloat16().float())
 
 
 def test_the_fingerprint_forgives_rounding_and_nothing_else(transcoders):
@@ -479,6 +505,17 @@ def test_a_damaged_index_gets_one_sentence(built, tmp_path):
         (folder / name).write_bytes(content)
         with pytest.raises(ValueError, match="is damaged"):
             index.Index(folder)
+    np.save(folder / "layer_1.often.npy", np.zeros(3))
+    shutil.copy(built.folder / "layer_1.offsets.npy", folder)
+    with pytest.raises(ValueError, match="is damaged: a table of tokens has other columns"):
+        index.Index(folder)
+
+
+def test_an_index_of_another_version_is_refused_with_what_to_do(built, tmp_path):
+    shutil.copytree(built.folder, tmp_path / "old")
+    (tmp_path / "old" / "index.json").write_text(json.dumps(built.about | {"format": 1}))
+    with pytest.raises(ValueError, match=r"another version \(format 1, not 2\): remove it and build it again"):
+        index.Index(tmp_path / "old")
 
 
 def test_an_activation_beyond_float16_is_refused():

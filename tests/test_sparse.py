@@ -381,7 +381,7 @@ def test_products_of_coordinates_are_on_the_safe_side(seed, low, high, up):
 
 def test_without_the_hardware_the_product_is_exact(monkeypatch):
     plain, fast = twins("relu", torch.float32, screen_below=1.0)
-    fast.active.screen = None  # would fail if it were used
+    fast.find.screen = None  # would fail if it were used
     monkeypatch.setattr(active, "bfloat16_hardware", lambda: False)
     monkeypatch.setattr(active, "int8_hardware", lambda: False)
     x, y = plain.scaled(*data(torch.float32))

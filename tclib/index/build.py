@@ -31,7 +31,6 @@ from tclib.index.store import (
     fingerprint,
     finish,
     new_folder,
-    refuse_another,
 )
 from tclib.intervene import edited
 from tclib.training.files import text_hash
@@ -61,7 +60,7 @@ def build_index(
         ValueError: no text, transcoders that do not fit, a shard without rows, a full disk, or a folder begun with
             other weights or another text (both are named).
     """
-    check_texts(model, transcoders, tokens)
+    check_input(model, transcoders, tokens)
     folder = Path(folder)
     start, stop = _shard_rows(len(tokens), shard)
     about = _about(model, transcoders, tokens, start, stop)
@@ -69,7 +68,7 @@ def build_index(
         if not (folder / "index.json").exists():
             raise ValueError(f"{folder} exists and holds no index: choose a new folder")
         index = Index(folder)
-        refuse_another(index.about, about, folder)
+        _refuse_another(index.about, about, folder)
         return index
     work = folder.with_name(folder.name + ".part")
     work.mkdir(parents=True, exist_ok=True)
@@ -81,7 +80,7 @@ def build_index(
         parts.append(work / f"rows_{rows.start:09d}")
         expected = about | {"rows": [rows.start, rows.stop]}
         if parts[-1].exists():
-            refuse_another(Index(parts[-1]).about, expected, parts[-1])
+            _refuse_another(Index(parts[-1]).about, expected, parts[-1])
         else:
             _write_part(model, finders, tokens[rows.start : rows.stop], expected, parts[-1])
     index = merge(parts, folder)
@@ -100,7 +99,7 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Index:
     parts = sorted((Index(folder) for folder in folders), key=lambda part: part.about["rows"])
     first = parts[0]
     for before, part in zip(parts, parts[1:], strict=False):
-        refuse_another(first.about, part.about | {"rows": first.about["rows"]}, first.folder)
+        _refuse_another(first.about, part.about | {"rows": first.about["rows"]}, first.folder)
         if before.about["rows"][1] != part.about["rows"][0]:
             raise ValueError(
                 f"rows {before.about['rows'][1]} to {part.about['rows'][0]} are missing or twice between "
@@ -177,9 +176,9 @@ def _write_part(model, finders: Mapping[int, Finder], rows: Tensor, about: dict,
 
 @torch.no_grad()
 def active_pairs(
-    model, finders: Mapping[int, Finder], rows: Tensor, first_row: int
+    model: TransformerBridge, finders: Mapping[int, Finder], rows: Int[Tensor, "row pos"], first_row: int
 ) -> dict[int, dict[str, np.ndarray]]:
-    """Active pairs of one batch, and the LayerNorm scales of all its positions."""
+    """By layer: ``features``, ``positions`` and ``values`` of a batch's active pairs, and the LayerNorm's ``scale``."""
     rows = rows.to(model.cfg.device)
     scales = {layer: f"blocks.{layer}.ln2.hook_scale" for layer in finders}
     reads = {layer: finder.transcoder.config.hook_in for layer, finder in finders.items()}
@@ -219,7 +218,13 @@ def _run(model: TransformerBridge, rows: Tensor, names: set[str], stop: int) -> 
     return cache
 
 
-def check_texts(model, transcoders, tokens: Tensor) -> None:
+def check_input(
+    model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens: Int[Tensor, "row pos"]
+) -> None:
+    """
+    Raises:
+        ValueError: no text, more than positions can count, or transcoders that do not fit the model.
+    """
     if not transcoders:
         raise ValueError("there is no transcoder to index: give at least one layer")
     check(model, transcoders, tokens)
@@ -255,3 +260,11 @@ def _about(model, transcoders, tokens: Tensor, start: int, stop: int) -> dict:
         "layers": layers,
     }
     return json.loads(json.dumps(about))
+
+
+def _refuse_another(old: dict, new: dict, folder: Path) -> None:
+    for key in new:
+        if old.get(key) != new[key]:
+            raise ValueError(
+                f"{folder} was made from {key} {old.get(key)}, not {new[key]}: use another folder, or remove it"
+            )

@@ -19,8 +19,8 @@ def commonest(
     """The k commonest tokens, in order, with how often each is there and the mean value; rows of dtype `ROW`."""
     tokens = torch.from_numpy(tokens)
     counts = tokens.bincount()
-    # By way of float32: torch widens float16 to it eight at a time, but not to float64. It insists on a copy.
-    totals = tokens.bincount(torch.from_numpy(values.copy()).float().double()).numpy()
+    # By way of float32: torch widens float16 to it eight at a time, but not to float64.
+    totals = tokens.bincount(torch.tensor(values).float().double()).numpy()
     least = counts.topk(min(k, len(counts))).values[-1].clamp(min=1)
     present, counts = (counts >= least).nonzero().squeeze(1).numpy(), counts.numpy()
     chosen = present[np.argsort(-counts[present], kind="stable")[:k]]
@@ -29,13 +29,24 @@ def commonest(
     return rows
 
 
-def write_often(folder: Path, layer: int | str, first: int) -> None:
+def write_often(folder: Path, layer: str, first: int) -> None:
     """Add the table of a layer to an index whose other files are there; ``first`` is the position it begins at."""
-    read = {name: np.load(folder / f"layer_{layer}.{name}.npy", mmap_mode="r") for name in ("positions", "values")}
     offsets, tokens = np.load(folder / f"layer_{layer}.offsets.npy"), np.load(folder / "tokens.npy").ravel()
     tables = [np.zeros(0, ROW)]
     for feature in np.flatnonzero(np.diff(offsets) >= OFTEN):
-        entries = slice(*offsets[feature : feature + 2])
-        tables.append(commonest(tokens[read["positions"][entries] - first], np.array(read["values"][entries]), KEPT))
+        entries = offsets[feature : feature + 2]
+        positions, values = (
+            _entries(folder / f"layer_{layer}.{name}.npy", *entries) for name in ("positions", "values")
+        )
+        tables.append(commonest(tokens[positions - first], values, KEPT))
         tables[-1]["feature"] = feature
     np.save(folder / f"layer_{layer}.often.npy", np.concatenate(tables))
+
+
+def _entries(path: Path, start: int, stop: int) -> np.ndarray:
+    """Read, not mapped: a folder with a mapped file cannot be removed on Windows."""
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        _, _, dtype = np.lib.format.read_array_header_1_0(file)
+        file.seek(start * dtype.itemsize, 1)
+        return np.fromfile(file, dtype, stop - start)

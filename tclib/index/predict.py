@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.index.build import BATCH_ROWS, MERGED_AT_ONCE, PART_TOKENS, active_pairs, check_texts
+from tclib.index.build import BATCH_ROWS, MERGED_AT_ONCE, PART_TOKENS, active_pairs, check_input
 from tclib.index.pairs import CHUNK, Finder
 from tclib.index.store import DTYPES
 from tclib.training.integers import ROOM
@@ -23,7 +23,7 @@ class Plan:
 
     tokens: int
     activations: dict[int, int]  # by layer
-    disk: int  # bytes of the finished index
+    disk: int  # bytes of the finished index, but for its tables of tokens: 3.2 kB for each feature that fires often
     working_disk: int  # bytes at the worst moment, parts included
     memory: int  # bytes beside the weights; grows with a batch and a part, not with the text
 
@@ -40,7 +40,7 @@ def plan(model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens
     Raises:
         ValueError: no text, or transcoders that do not fit the model.
     """
-    check_texts(model, transcoders, tokens)
+    check_input(model, transcoders, tokens)
     spread = torch.linspace(0, len(tokens) - 1, min(BATCH_ROWS, len(tokens))).long().unique()
     finders = {layer: Finder(t) for layer, t in transcoders.items()}
     found = active_pairs(model, finders, tokens[spread], 0)

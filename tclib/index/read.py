@@ -71,7 +71,7 @@ def bands(index: Index, layer: int, feature: int, n: int = 5, each: int = 3, see
     possible = possible[np.argsort(codes[possible], kind="stable")]  # by strength, then in reading order
     first = np.searchsorted(codes[possible], wanted)
     chosen = possible[first + np.array(ranks) - below[wanted]]
-    band, low, high = map(np.array, zip(*rows, strict=True))
+    band, low, high = zip(*rows, strict=True)
     return _table(index, positions[chosen], values[chosen], band=band, low=low, high=high)
 
 
@@ -84,7 +84,7 @@ def top_tokens(index: Index, layer: int, feature: int, k: int = 10) -> pd.DataFr
     """
     positions, values = index.entries(layer, feature)
     found = index.often(layer, feature)
-    if len(found) < k:
+    if len(found) < k and found["count"].sum() < len(positions):
         found = commonest(index.flat_tokens.take(positions), values, k)
     token, counts = found["token"][:k], found["count"][:k]
     return pd.DataFrame(

@@ -42,6 +42,10 @@ class NeverFired(ValueError):
     """The feature has no activation in this index."""
 
 
+class _AnotherFormat(Exception):
+    pass
+
+
 class Index:
     """An index opened for reading; its arrays stay on disk until they are read.
 
@@ -54,13 +58,13 @@ class Index:
         try:
             self.about = json.loads((self.folder / "index.json").read_text())
             if self.about["format"] != FORMAT:
-                raise ValueError(f"its format is {self.about['format']}, not {FORMAT}")
+                raise _AnotherFormat
             self.layers = [int(layer) for layer in self.about["layers"]]
             self.tokens = self._load("tokens")
             self.offsets = {layer: np.array(self._load(f"layer_{layer}.offsets")) for layer in self.layers}
             self.scale = {layer: self._load(f"layer_{layer}.scale") for layer in self.layers}
             self._flat = {(layer, name): self._load(f"layer_{layer}.{name}") for layer in self.layers for name in FLAT}
-            self._often = {layer: np.array(self._load(f"layer_{layer}.often")) for layer in self.layers}
+            self._often = {layer: self._load(f"layer_{layer}.often") for layer in self.layers}
             if any(table.dtype != ROW for table in self._often.values()):
                 raise ValueError("a table of tokens has other columns")
             for (layer, name), array in self._flat.items():
@@ -69,6 +73,11 @@ class Index:
         except FileNotFoundError as error:
             missing = Path(error.filename).name
             raise ValueError(f"no index in {self.folder}: {missing} is missing; make it with build_index") from None
+        except _AnotherFormat:
+            raise ValueError(
+                f"the index in {self.folder} was made by another version (format {self.about['format']}, not "
+                f"{FORMAT}): remove it and build it again"
+            ) from None
         except (ValueError, KeyError, EOFError) as error:
             raise ValueError(f"the index in {self.folder} is damaged: {error}") from error
 
@@ -148,7 +157,12 @@ class Index:
         return self._from_first(positions), values
 
     def often(self, layer: int, feature: int) -> Shaped[np.ndarray, " token"]:
-        """The commonest tokens of a feature that fires often, as `tclib.index.often.ROW`; of others no row."""
+        """The commonest tokens of a feature that fires often, as `tclib.index.often.ROW`; of others no row.
+
+        Raises:
+            ValueError: a layer that is not in the index.
+        """
+        self.layer_offsets(layer)
         table = self._often[layer]
         return table[slice(*np.searchsorted(table["feature"], [feature, feature + 1]))]
 
@@ -190,7 +204,9 @@ def fingerprint(module: nn.Module) -> str:
         total, length = 0.0, 0.0
         flat = weight.detach().flatten()
         whole = len(flat) // _PERIOD * _PERIOD
+        # Small blocks stay in the processor's cache between the two sums; halves would round with the size of a block.
         for part in (*flat[:whole].view(-1, _PERIOD).split(8), flat[None, whole:]):
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
             total += (part.sum(0) * signs[: part.shape[1]]).sum().item()  # in float64, since the signs are
             length += torch.linalg.vector_norm(part, dim=1).double().square().sum().item()
         digest.update(f"{name} {tuple(weight.shape)} {total / max(length, 1e-30) ** 0.5 + 0.0:.4f}\n".encode())
@@ -263,15 +279,7 @@ def blocks(offsets: Int[np.ndarray, " feature+1"], most: int = 1_000_000) -> Ite
 
 
 def finish(folder: Path, about: dict) -> None:
-    """Add what follows from the other files."""
+    """The tables that follow from the other files, and last index.json, which makes it an index."""
     for layer in about["layers"]:
         write_often(folder, layer, about["rows"][0] * about["width"])
     (folder / "index.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
-
-
-def refuse_another(old: dict, new: dict, folder: Path) -> None:
-    for key in new:
-        if old.get(key) != new[key]:
-            raise ValueError(
-                f"{folder} was made from {key} {old.get(key)}, not {new[key]}: use another folder, or remove it"
-            )

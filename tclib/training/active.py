@@ -27,11 +27,15 @@ class Active:
     """Finds the pairs that take part, with their pre-activations: the active ones, and JumpReLU's in the window."""
 
     def __init__(self, transcoder: Transcoder, config: TrainConfig):
-        self.transcoder, self.config, self.integers = transcoder, config, IntegerScreen()
+        self.transcoder, self.config = transcoder, config
 
     @cached_property
     def screen(self) -> Screen:
         return Screen(*self.transcoder.W_enc.T.shape)
+
+    @cached_property
+    def integers(self) -> IntegerScreen:
+        return IntegerScreen()
 
     def __call__(self, x: Float[Tensor, "token d_in"], screened: bool) -> tuple[Pairs, Float[Tensor, " pair"]]:
         t, c = self.transcoder, self.config

@@ -42,7 +42,7 @@ class SparseStudent(Student):
         W_enc.data = W_enc.data.T.contiguous().T  # a feature's weights side by side
         expected = config.k or config.start_l0 or config.d_features
         self.density = torch.tensor(expected / config.d_features, dtype=torch.float64)  # of the step before
-        self.active = Active(self.transcoder, config)
+        self.find = Active(self.transcoder, config)
 
     def gradients(self, x: Tensor, y: Tensor, ramp: float = 1.0) -> tuple[tuple[Tensor, ...], Tensor | Pairs]:
         """As `Student.gradients`; a sparse step gives the activations as pairs, with values ``z``."""
@@ -58,7 +58,7 @@ class SparseStudent(Student):
     @torch.no_grad()
     def _sparse_gradients(self, x: Tensor, y: Tensor, ramp: float) -> tuple[tuple[Tensor, ...], Pairs]:
         t, c, share = self.transcoder, self.config, 1 / (len(x) * distributed.world())
-        found, pre = self.active(x, bool(self.density < c.screen_below))
+        found, pre = self.find(x, bool(self.density < c.screen_below))
         threshold = t.threshold[found.feature] if c.activation == "jumprelu" else torch.zeros_like(pre)
         active = pre > threshold
         found.z = pre * active
