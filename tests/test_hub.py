@@ -218,10 +218,10 @@ def load(model: str, transcoders: str) -> str:
 
 @pytest.fixture
 def settings(monkeypatch, tmp_path):
-    """huggingface_hub's settings, for this process."""
+    """huggingface_hub's settings, for this process, whatever those of its environment are."""
 
     def change(**values):
-        for name, value in {"HF_HUB_CACHE": str(tmp_path / "hub"), **values}.items():
+        for name, value in {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": False, **values}.items():
             monkeypatch.setattr(hub.constants, name, value)
 
     return change
