@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float16, Int32, Shaped
 
-OFTEN = 2**15  # activations; fewer are counted in half a millisecond
+OFTEN = 2**14  # activations; fewer are counted in half a millisecond
 KEPT = 100  # tokens of a feature
 ROW = np.dtype([("feature", "<i8"), ("token", "<i8"), ("count", "<i8"), ("mean", "<f8")])
 

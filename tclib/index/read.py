@@ -7,6 +7,7 @@ feature that never fired raises `NeverFired`, of which `count` alone is free.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -40,7 +41,7 @@ def top(index: Index, layer: int, feature: int, k: int = 20) -> pd.DataFrame:
     """The k strongest activations: ``row``, ``position``, ``token``, ``activation``. Ties in reading order."""
     positions, values = index.entries(layer, feature)
     k, codes, below = min(k, len(values)), values.view(np.int16), _counts_below(values)
-    least = _code_of_rank(below, len(values) - k)
+    least = int(_codes_of_ranks(below, len(values) - k))
     sure = np.flatnonzero(codes > least)
     chosen = np.concatenate([sure, np.flatnonzero(codes == least)[: k - len(sure)]])
     chosen = chosen[np.argsort(-codes[chosen].astype(np.int32), kind="stable")]
@@ -58,20 +59,22 @@ def bands(index: Index, layer: int, feature: int, n: int = 5, each: int = 3, see
     positions, values = index.entries(layer, feature)
     codes, below = values.view(np.int16), _counts_below(values)
     n = min(n, len(values))
-    edges = np.linspace(0, len(values), n + 1).astype(int)
+    edges = np.linspace(len(values), 0, n + 1).astype(int)
     draw = np.random.default_rng([seed, layer, feature])
-    ranks, rows = [], []
-    for band, (start, stop) in enumerate(zip(edges[:-1][::-1], edges[1:][::-1], strict=True), 1):
+    ranks, band = [], []
+    for number, (stop, start) in enumerate(pairwise(edges), 1):
         drawn = start + draw.choice(stop - start, min(each, stop - start), replace=False)
-        low, high = (_ACTIVATIONS[_code_of_rank(below, rank)] for rank in (start, stop - 1))
         ranks += sorted(drawn.tolist(), reverse=True)
-        rows += [(band, low, high)] * len(drawn)
-    wanted = np.array([_code_of_rank(below, rank) for rank in ranks])
-    possible = np.flatnonzero(np.bincount(wanted, minlength=len(_ACTIVATIONS)).astype(bool).take(codes))
+        band += [number] * len(drawn)
+    ranks, band = np.array(ranks), np.array(band)
+    wanted, low, high = (_codes_of_ranks(below, which) for which in (ranks, edges[band], edges[band - 1] - 1))
+    among = np.zeros(len(_ACTIVATIONS), bool)
+    among[wanted] = True
+    possible = np.flatnonzero(among.take(codes))
     possible = possible[np.argsort(codes[possible], kind="stable")]  # by strength, then in reading order
     first = np.searchsorted(codes[possible], wanted)
-    chosen = possible[first + np.array(ranks) - below[wanted]]
-    band, low, high = zip(*rows, strict=True)
+    chosen = possible[first + ranks - below[wanted]]
+    low, high = _ACTIVATIONS[low], _ACTIVATIONS[high]
     return _table(index, positions[chosen], values[chosen], band=band, low=low, high=high)
 
 
@@ -141,9 +144,9 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.copy())  # a copy may be written to, which torch insists on
 
 
-def _code_of_rank(below: np.ndarray, rank: int) -> int:
+def _codes_of_ranks(below: np.ndarray, rank: np.ndarray | int) -> np.ndarray:
     """The bits of the activation with this many smaller or equal ones before it."""
-    return int(np.searchsorted(below, rank, side="right")) - 1
+    return np.searchsorted(below, rank, side="right") - 1
 
 
 def _table(index: Index, positions: np.ndarray, values: np.ndarray, **columns) -> pd.DataFrame:
