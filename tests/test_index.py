@@ -210,6 +210,7 @@ def test_tokens_of_features_that_fire_often_are_counted_beforehand(
     counts = search.statistics(built, 1).set_index("feature")["count"]
     monkeypatch.setattr(often, "OFTEN", 50)
     monkeypatch.setattr(often, "KEPT", 4)
+    monkeypatch.setattr(often, "COUNTED_AT_ONCE", 7)
     whole = index.build_index(model, transcoders, tokens, tmp_path / "whole")
     shards = [index.build_index(model, transcoders, tokens, tmp_path / f"{i}", shard=(i, 2)) for i in range(2)]
     assert same_bytes(index.merge([shard.folder for shard in shards], tmp_path / "merged"), whole)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float16, Int32, Shaped
+from jaxtyping import Float16, Float64, Int, Int32, Shaped
+from torch import Tensor
 
 OFTEN = 2**14  # activations; fewer are counted in half a millisecond
 KEPT = 100  # tokens of a feature
+COUNTED_AT_ONCE = 1_000_000  # activations
 ROW = np.dtype([("feature", "<i8"), ("token", "<i8"), ("count", "<i8"), ("mean", "<f8")])
 
 
@@ -17,28 +19,42 @@ def commonest(
     tokens: Int32[np.ndarray, " entry"], values: Float16[np.ndarray, " entry"], k: int
 ) -> Shaped[np.ndarray, " token"]:
     """The k commonest tokens, in order, with how often each is there and the mean value; rows of dtype `ROW`."""
+    return _ranked(*_counted(tokens, values), k)
+
+
+def _counted(
+    tokens: Int32[np.ndarray, " entry"], values: Float16[np.ndarray, " entry"], vocabulary: int = 0
+) -> tuple[Int[Tensor, " token"], Float64[Tensor, " token"]]:
+    """How often each token is there, and the sum of its values, in which float64 loses nothing."""
     tokens = torch.from_numpy(tokens)
-    counts = tokens.bincount()
     # By way of float32: torch widens float16 to it eight at a time, but not to float64.
-    totals = tokens.bincount(torch.tensor(values).float().double()).numpy()
+    weights = torch.tensor(values).float().double()
+    return tokens.bincount(minlength=vocabulary), tokens.bincount(weights, minlength=vocabulary)
+
+
+def _ranked(counts: Int[Tensor, " token"], totals: Float64[Tensor, " token"], k: int) -> np.ndarray:
     least = counts.topk(min(k, len(counts))).values[-1].clamp(min=1)
     present, counts = (counts >= least).nonzero().squeeze(1).numpy(), counts.numpy()
     chosen = present[np.argsort(-counts[present], kind="stable")[:k]]
     rows = np.zeros(len(chosen), ROW)
-    rows["token"], rows["count"], rows["mean"] = chosen, counts[chosen], totals[chosen] / counts[chosen]
+    rows["token"], rows["count"], rows["mean"] = chosen, counts[chosen], totals.numpy()[chosen] / counts[chosen]
     return rows
 
 
 def write_often(folder: Path, layer: str, first: int) -> None:
     """Add the table of a layer to an index whose other files are there; ``first`` is the position it begins at."""
     offsets, tokens = np.load(folder / f"layer_{layer}.offsets.npy"), np.load(folder / "tokens.npy").ravel()
-    tables = [np.zeros(0, ROW)]
+    tables, vocabulary = [np.zeros(0, ROW)], int(tokens.max()) + 1
     for feature in np.flatnonzero(np.diff(offsets) >= OFTEN):
-        entries = offsets[feature : feature + 2]
-        positions, values = (
-            _entries(folder / f"layer_{layer}.{name}.npy", *entries) for name in ("positions", "values")
-        )
-        tables.append(commonest(tokens[positions - first], values, KEPT))
+        begin, end = offsets[feature : feature + 2]
+        parts = []
+        for start in range(begin, end, COUNTED_AT_ONCE):
+            positions, values = (
+                _entries(folder / f"layer_{layer}.{name}.npy", start, min(start + COUNTED_AT_ONCE, end))
+                for name in ("positions", "values")
+            )
+            parts.append(_counted(tokens[positions - first], values, vocabulary))
+        tables.append(_ranked(*map(sum, zip(*parts, strict=True)), KEPT))
         tables[-1]["feature"] = feature
     np.save(folder / f"layer_{layer}.often.npy", np.concatenate(tables))
 

@@ -50,7 +50,7 @@ class Index:
     """An index opened for reading; its arrays stay on disk until they are read.
 
     Raises:
-        ValueError: the folder holds no complete index, or a damaged one.
+        ValueError: the folder holds no complete index, a damaged one, or one of another version.
     """
 
     def __init__(self, folder: str | Path):
