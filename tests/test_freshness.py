@@ -2,7 +2,8 @@
 
 `python -m tclib test` executes copies in build/nbmake; this compares them, cell by cell. Another
 processor gives slightly other numbers and another system draws slightly other letters, so
-numbers and figures have tolerances; a cell tagged `varies` (one that trains) is not compared.
+numbers and figures have tolerances; of a cell tagged `varies` (one that trains) only the findings are compared: whether
+they hold or not is committed, too.
 """
 
 from __future__ import annotations
@@ -87,8 +88,14 @@ def outputs(cell: dict[str, Any]) -> tuple[list[str], list[str]]:
     return [printed, *texts], figures
 
 
+FINDING = re.compile(r"^(?:holds|does not hold): .*$", re.MULTILINE)
+
+
 def compare_cell(committed: dict[str, Any], fresh: dict[str, Any]) -> list[str]:
-    """Every way in which the outputs of a cell changed."""
+    """Every way in which the outputs of a cell changed; where they may vary, only whether its findings still hold."""
+    if "varies" in committed["metadata"].get("tags", ()):
+        old, new = (FINDING.findall("\n".join(outputs(cell)[0])) for cell in (committed, fresh))
+        return [] if old == new else [f"findings {old} became {new}"]
     (old_texts, old_figures), (new_texts, new_figures) = outputs(committed), outputs(fresh)
     if len(old_texts) != len(new_texts) or len(old_figures) != len(new_figures):
         return [f"other outputs now; its text is now {new_texts}"]
@@ -110,7 +117,7 @@ def test_outputs_are_fresh(path):
     for number, (committed, fresh) in enumerate(zip(*pairs, strict=True), start=1):
         where = f"{path.name}, cell {number}"
         assert committed["source"] == fresh["source"], f"{where} changed since the run"
-        if committed["cell_type"] == "code" and "varies" not in committed["metadata"].get("tags", ()):
+        if committed["cell_type"] == "code":
             problems += [f"{where}: {problem}" for problem in compare_cell(committed, fresh)]
     advice = f"if that is right: python tools/execute.py notebooks/{path.name}"
     assert not problems, "\n".join([*problems, advice])
@@ -162,6 +169,7 @@ def test_figure_distance():
 def test_a_planted_change_is_found():
     def cell(text, height):
         return {
+            "metadata": {},
             "outputs": [
                 {"output_type": "stream", "name": "stdout", "text": [text]},
                 {"output_type": "display_data", "data": {"image/png": chart(height)}},
@@ -170,4 +178,13 @@ def test_a_planted_change_is_found():
 
     assert compare_cell(cell("p = 0.87\n", 200), cell("p = 0.871\n", 201)) == []
     assert len(compare_cell(cell("p = 0.87\n", 200), cell("p = 0.5\n", 20))) == 2
-    assert compare_cell(cell("p", 200), {"outputs": []})
+    assert compare_cell(cell("p", 200), {"metadata": {}, "outputs": []})
+
+
+def test_findings_are_held_to_their_outcome_where_numbers_vary():
+    def cell(text):
+        stream = {"output_type": "stream", "name": "stdout", "text": [text]}
+        return {"metadata": {"tags": ["varies"]}, "outputs": [stream]}
+
+    assert compare_cell(cell("p = 0.87\nholds: a\n"), cell("p = 0.5\nholds: a\n")) == []
+    assert compare_cell(cell("holds: a\n"), cell("does not hold: a\n"))
