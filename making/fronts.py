@@ -24,6 +24,7 @@ from making.transcoders import held_out_rows, mixed_rows
 from tclib import evaluation, targets, text, training
 from tclib.activations import hook_in, hook_out, mlp_activations
 from tclib.evaluation import controls, fronts, intervals, latents, matching
+from tclib.paths import write_whole
 
 KINDS = {
     "transcoder": {},
@@ -185,9 +186,7 @@ def collect(model, run: Path, out: Path, base: tc.TrainConfig, parts: list, held
         **{name: compact(pd.DataFrame(rows)) for name, rows in tables.items()},
         **{name: compact(table) for name, table in seed_variance(model, run, parts).items()},
     }
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(result) + "\n")
-    part.replace(out)
+    write_whole(out, (json.dumps(result) + "\n").encode())
     print(f"wrote {out}")
 
 

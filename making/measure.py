@@ -25,6 +25,7 @@ from making.export import held_out_bits
 from tclib.chronicle import BACKWARD, NOUNS, SPANS, grammar, words
 from tclib.formats import load_transcoders
 from tclib.model import load_model
+from tclib.paths import write_whole
 from tclib.tasks import greater_than as gt
 from tclib.tasks import sweeps
 from tclib.transcoder import Transcoder
@@ -58,9 +59,7 @@ def main(arguments: list[str]) -> None:
     text = json.dumps(rounded(metrics), indent=2)
     out = options.out or options.model / "metrics.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(out)
+    write_whole(out, (text + "\n").encode())
     print(text)
     print("\n".join(verdicts(metrics)))
 

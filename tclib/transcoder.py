@@ -105,15 +105,23 @@ class Transcoder(nn.Module):
 
     @torch.no_grad()
     def save(self, stem: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write ``stem.safetensors`` and ``stem.json``; each file appears whole or not at all."""
-        stem = Path(stem)
-        stem.parent.mkdir(parents=True, exist_ok=True)
+        """Write ``stem.safetensors`` and ``stem.json``; each file appears whole or not at all.
+
+        Weights never stand beside a missing configuration or that of other weights, wherever saving is interrupted.
+        """
+        files = _files(stem)
+        files[0].parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().to(dtype).contiguous().cpu() for name, t in self.state_dict().items()}
-        part = stem.with_suffix(".part")
-        save_file(tensors, part)
-        part.replace(stem.with_suffix(".safetensors"))
-        part.write_text(self.config.model_dump_json(indent=2) + "\n")
-        part.replace(stem.with_suffix(".json"))
+        parts = [file.with_name(file.name + ".part") for file in files]
+        try:
+            save_file(tensors, parts[0])
+            parts[1].write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            files[0].unlink(missing_ok=True)
+            parts[1].replace(files[1])
+            parts[0].replace(files[0])
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, stem: str | Path, device: str | torch.device = "cpu") -> Transcoder:
@@ -122,7 +130,7 @@ class Transcoder(nn.Module):
         Raises:
             ValueError: a file is missing or corrupt, or the tensors do not fit the configuration (they are named).
         """
-        weights = Path(stem).with_suffix(".safetensors")
+        weights, _ = _files(stem)
         config = read_config(weights)
         tensors = guards.read_safetensors(weights, {name: name for name in expected_shapes(config)})
         return cls.of(config, tensors, device, torch.float32)
@@ -149,6 +157,13 @@ def expected_shapes(config: TranscoderConfig) -> dict[str, tuple[int, ...]]:
 
 def read_config(weights: Path) -> TranscoderConfig:
     """The configuration beside a file of weights, once the sizes in the file's header have been found to fit it."""
-    config = guards.parsed(weights, TranscoderConfig, guards.read_json(weights.with_suffix(".json")))
+    config = guards.parsed(weights, TranscoderConfig, guards.read_json(_files(weights)[1]))
     guards.check_shapes(weights, guards.safetensors_shapes(weights), expected_shapes(config))
     return config
+
+
+def _files(stem: str | Path) -> tuple[Path, Path]:
+    """The files of weights and configuration. A dot belongs to the name: "l1_0.5" does not end in a suffix ".5"."""
+    stem = Path(stem)
+    name = stem.name.removesuffix(".safetensors")
+    return stem.with_name(f"{name}.safetensors"), stem.with_name(f"{name}.json")

@@ -97,7 +97,7 @@ def steady_minutes(old: float | None, measured: float) -> float:
 
 def write(notebook: nbformat.NotebookNode, path: Path) -> None:
     """Replace the file in one step, so that an interruption cannot leave half a notebook."""
-    partial = path.with_suffix(".ipynb.partial")
+    partial = path.with_name(path.name + ".partial")
     nbformat.write(notebook, partial)
     os.replace(partial, path)
 

@@ -16,6 +16,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from tclib.blind.rules import Words
+from tclib.paths import write_whole
 from tclib.views import highlighted
 
 RATINGS = ("interpretable", "maybe", "not")
@@ -84,9 +85,7 @@ def blank(items: list[Item], rater: str) -> pd.DataFrame:
 
 def write_ratings(ratings: pd.DataFrame, path: str | Path) -> None:
     """Save a sheet as CSV; the file appears whole or not at all."""
-    part = Path(path).with_suffix(".part")
-    ratings[COLUMNS].to_csv(part, index=False)
-    part.replace(path)
+    write_whole(Path(path), ratings[COLUMNS].to_csv(index=False, lineterminator="\n").encode())
 
 
 def read_ratings(path: str | Path) -> pd.DataFrame:

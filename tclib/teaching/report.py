@@ -105,7 +105,7 @@ def print_pdf(browser: str, page: Path) -> Path:
     Raises:
         RuntimeError: the browser printed nothing.
     """
-    target = page.with_suffix(".pdf")
+    target = page.with_name(f"{page.stem}.pdf")
     target.unlink(missing_ok=True)
     # Chromium refuses its sandbox to root, as whom containers run.
     root = ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
