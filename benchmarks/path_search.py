@@ -142,6 +142,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = gpt2_sized()
     tokens = torch.randint(0, WORDS, (POSITIONS,))
+    tokens[0] = model.tokenizer.bos_token_id
     transcoders = random_transcoders(model, tokens)
     dense = [Dense(layer, transcoder) for layer, transcoder in transcoders.items()]
 

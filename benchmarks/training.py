@@ -351,6 +351,7 @@ def suite(steps: int) -> float:
     model = gpt2_sized()
     layers = list(range(model.cfg.n_layers))
     tokens = torch.randint(50_000, (32, 128), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = model.tokenizer.bos_token_id
     config = tc.TrainConfig(d_features=FEATURES, start_l0=L0, rows=32, lr=LR, l1=1e-3)
     stream = Stream(ModelSource(model, tokens, layers), config)
     sample = stream.sample()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+
+from tclib.inputs import check_layers, check_tokens
 
 
 def hook_in(layer: int) -> str:
@@ -29,7 +32,6 @@ class MLPActivations:
     y: Float[Tensor, "batch pos d_model"]
 
 
-@torch.no_grad()
 def mlp_activations(
     model: TransformerBridge,
     tokens: Int[Tensor, "row pos"],
@@ -41,11 +43,17 @@ def mlp_activations(
     One forward pass serves all layers and stops after the last one asked for.
 
     Raises:
-        ValueError: no text, or a layer that the model does not have.
+        ValueError: tokens that do not fit (see `tclib.inputs.check_tokens`), or a layer that the model does not have.
     """
     check_layers(model, layers)
-    if tokens.numel() == 0:
-        raise ValueError("there is no text: give at least one row of tokens")
+    return forward(model, check_tokens(model, tokens), layers, batch_size)
+
+
+@torch.no_grad()
+def forward(
+    model: TransformerBridge, tokens: Int[Tensor, "row pos"], layers: Sequence[int], batch_size: int
+) -> Iterator[dict[int, MLPActivations]]:
+    """`mlp_activations` for a part of a text and for layers that were checked already."""
     names = [name for layer in layers for name in (hook_in(layer), hook_out(layer))]
     for rows in tokens.split(batch_size):
         _, cache = model.run_with_cache(
@@ -54,8 +62,19 @@ def mlp_activations(
         yield {layer: MLPActivations(cache[hook_in(layer)], cache[hook_out(layer)]) for layer in layers}
 
 
-def check_layers(model: TransformerBridge, layers: Sequence[int]) -> None:
-    """Raise one sentence for a layer that the model does not have, or for no layer at all."""
-    wrong = [layer for layer in layers if not 0 <= layer < model.cfg.n_layers]
-    if wrong or not layers:
-        raise ValueError(f"layers {list(layers)} do not fit: this model has layers 0 to {model.cfg.n_layers - 1}")
+def our_name(hook: str) -> str:
+    """Another name of an MLP's input or output as `hook_in` or `hook_out`; any other hook as it is.
+
+    ``blocks.0.mlp.hook_out`` is the MLP's output in every model. ``blocks.0.mlp.hook_in`` stands behind LayerNorm's gain
+    and bias: it is the normalised stream where these are folded away, as in a processed model (see `folded`).
+    """
+    found = re.fullmatch(r"blocks\.(\d+)\.mlp\.hook_(in|out)", hook)
+    if not found:
+        return hook
+    return (hook_in if found[2] == "in" else hook_out)(int(found[1]))
+
+
+def folded(model: TransformerBridge, layer: int) -> bool:
+    """Whether the LayerNorm before this MLP has neither gain nor bias of its own."""
+    norm = model.blocks[layer].ln2
+    return bool((norm.weight == 1).all() and (norm.bias == 0).all())

@@ -137,6 +137,7 @@ def output_terms(trace: Trace, target: Target, layer: int, head: int) -> ScoreTe
         ValueError: a head that does not write before the target reads.
         UnbalancedError: as `score_terms`.
     """
+    trace.layer(layer)
     if layer not in trace.attention_before(target.place, target.layer):
         raise ValueError(f"head {layer}.{head} does not come before {target.name}")
     here, _ = _pair(trace, layer, head, target.position, 0)
@@ -203,8 +204,7 @@ def _pattern(trace: Trace, layer: int, head: int, destination: int) -> Float[Ten
 
 def _pair(trace: Trace, layer: int, head: int, destination: int, source: int) -> tuple[int, int]:
     trace.layer(layer)
-    if not 0 <= head < trace.model.cfg.n_heads:
-        raise ValueError(f"head {head} is outside the layer, which has heads 0 to {trace.model.cfg.n_heads - 1}")
+    trace.head(head)
     destination, source = trace.position(destination), trace.position(source)
     if source > destination:
         raise ValueError(f"position {destination} cannot attend to position {source}, which comes after it")

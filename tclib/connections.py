@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import check_layers, hook_in
+from tclib.activations import hook_in
+from tclib.inputs import check_layers, check_tokens, whole, words
 from tclib.targets import Target
-from tclib.tracing import Trace
+from tclib.tracing import Trace, check_belongs, check_dtype
 from tclib.transcoder import Transcoder
 
 Head = tuple[int, int]  # (layer, head)
@@ -33,7 +34,8 @@ def reader(trace: Trace, target: Target, heads: Sequence[Head] = ()) -> Float[Te
     """
     vector, place, layer = target.pulled_back(trace) * target.scale(trace), target.place, target.layer
     for at, head in heads:
-        if at not in trace.attention_before(place, layer) or not 0 <= head < trace.model.cfg.n_heads:
+        at, head = trace.layer(at), trace.head(head)
+        if at not in trace.attention_before(place, layer):
             raise ValueError(f"head {at}.{head} does not come before {place} of layer {layer}")
         vector = trace.model.W_V[at, head] @ (trace.model.W_O[at, head] @ vector)
         vector = vector * trace.gain("attn_in", at)[0]
@@ -118,7 +120,8 @@ def logit_lens(trace: Trace, layer: int, index: int) -> pd.Series:
     Returns:
         A Series by token string, largest first; units of a logit per unit of activation / LayerNorm scale.
     """
-    f_dec = trace.transcoders[trace.layer(layer, with_transcoder=True)].W_dec[index]
+    index = trace.feature(layer, index)
+    f_dec = trace.transcoders[layer].W_dec[index]
     scores = ((f_dec - f_dec.mean()) * trace.gain("final", trace.model.cfg.n_layers)[0]) @ trace.model.W_U
     return _ranked(scores - scores.mean(), "logit_lens", _vocabulary(trace.model))
 
@@ -130,7 +133,8 @@ def ov_connections(trace: Trace, target: Target, layer: int, index: int) -> pd.D
     Returns:
         ``layer`` and ``head`` of every head between the two, ``input_invariant``; largest magnitude first.
     """
-    f_dec = trace.transcoders[trace.layer(layer, with_transcoder=True)].W_dec[index]
+    index = trace.feature(layer, index)
+    f_dec = trace.transcoders[layer].W_dec[index]
     rows = [
         {"layer": at, "head": head, "input_invariant": (f_dec @ reader(trace, target, [(at, head)])).item()}
         for at in trace.attention_before(target.place, target.layer)
@@ -165,12 +169,17 @@ def data_weighted(
         ``input_invariant``, ``input_x_gradient`` and ``target_weighted`` by feature index of the source layer.
 
     Raises:
-        ValueError: layers that do not fit, or a target that never fires on this text.
+        ValueError: layers, feature, transcoders or tokens that do not fit, or a target that never fires on this text.
     """
     check_layers(model, [source_layer, target_layer])
     if source_layer >= target_layer or not {source_layer, target_layer} <= transcoders.keys():
         raise ValueError(f"layers {source_layer} and {target_layer}: the earlier one first, both with a transcoder")
     source, target = transcoders[source_layer], transcoders[target_layer]
+    for layer in (source_layer, target_layer):
+        check_belongs(model, layer, transcoders[layer])
+        check_dtype(model, layer, transcoders[layer])
+    index = whole("feature", index, target.config.d_features, f"the transcoder of layer {target_layer}")
+    tokens = check_tokens(model, tokens)
     invariant = source.W_dec @ (target.W_enc[:, index] - target.W_enc[:, index].mean())
     scale_name = f"blocks.{target_layer}.ln2.hook_scale"
     names = {hook_in(source_layer), hook_in(target_layer), scale_name}
@@ -179,7 +188,7 @@ def data_weighted(
     for rows in tokens.split(batch_size):
         rows = rows.to(model.cfg.device)
         _, cache = model.run_with_cache(rows, names_filter=names.__contains__, stop_at_layer=target_layer + 1)
-        keep = rows != model.tokenizer.bos_token_id
+        keep = words(model, rows)
         z = target.encode(cache[hook_in(target_layer)][keep])[:, index]
         dependent = source.encode(cache[hook_in(source_layer)][keep]) / cache[scale_name][keep]
         masked += (z > 0).to(z) @ dependent

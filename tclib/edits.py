@@ -128,13 +128,10 @@ def _checked(trace: Trace, edits: pd.DataFrame) -> pd.DataFrame:
     missing = {"layer", "position", "feature"} - set(edits.columns)
     if missing:
         raise ValueError(f"the edits have no column {', '.join(sorted(missing))}")
-    edits = edits.reset_index(drop=True).astype({"layer": int, "position": int, "feature": int})
+    edits = edits.reset_index(drop=True)
     edits["position"] = [trace.position(p) for p in edits["position"]]
-    for layer, feature in zip(edits["layer"], edits["feature"], strict=True):
-        count = trace.transcoders[trace.layer(layer, with_transcoder=True)].config.d_features
-        if not 0 <= feature < count:
-            raise ValueError(f"feature {feature} is outside the transcoder, which has {count}")
-    return edits
+    edits["feature"] = [trace.feature(*pair) for pair in zip(edits["layer"], edits["feature"], strict=True)]
+    return edits.astype({"layer": int, "position": int, "feature": int})
 
 
 def _old(trace: Trace, edits: pd.DataFrame) -> Float[Tensor, " edit"]:

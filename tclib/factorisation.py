@@ -25,7 +25,7 @@ def by_features(trace: Trace, layer: int, position: int, direction: Float[Tensor
         ``unit`` (feature index or a name), ``input_dependent``, ``input_invariant`` and their product
         ``contribution``; the rows that are no features have a contribution alone.
     """
-    transcoder = trace.transcoders[trace.layer(layer, with_transcoder=True)]
+    transcoder, position = trace.transcoders[trace.layer(layer, with_transcoder=True)], trace.position(position)
     z, x = trace.features[layer][position], trace.cache[hook_in(layer)][position]
     active = z.nonzero().squeeze(-1)
     rest = {"bias": transcoder.b_dec, "error": trace.cache[hook_out(layer)][position] - transcoder.decode(z, x)}
@@ -37,7 +37,7 @@ def by_features(trace: Trace, layer: int, position: int, direction: Float[Tensor
 @torch.no_grad()
 def by_neurons(trace: Trace, layer: int, position: int, direction: Float[Tensor, " d_model"]) -> pd.DataFrame:
     """One row per neuron, all of them active: ``gelu(x W_in + b_in) * (W_out . direction)``; and ``bias``, b_out."""
-    model, x = trace.model, trace.cache[hook_in(trace.layer(layer))][position]
+    model, x = trace.model, trace.cache[hook_in(trace.layer(layer))][trace.position(position)]
     W_out = model.W_out[layer]
     mlp = model.blocks[layer].mlp
     post = []
@@ -60,6 +60,7 @@ def by_sae(
     """
     if (sae.config.hook_in, sae.config.hook_out) != (hook_in(trace.layer(layer)),) * 2:
         raise ValueError(f"this needs an SAE of {hook_in(layer)}; the one given reads {sae.config.hook_in}")
+    position = trace.position(position)
     x, out = trace.cache[hook_in(layer)][position], trace.cache[hook_out(layer)][position]
     pulled = jacobian_pullback(trace, layer, x, direction)
     z = sae.encode(x)
@@ -75,6 +76,7 @@ def jacobian_pullback(
     trace: Trace, layer: int, x: Float[Tensor, " d_model"], direction: Float[Tensor, " d_model"]
 ) -> Float[Tensor, " d_model"]:
     """``J(x)^T direction`` of the MLP of a layer at its (normalised) input x, by autograd."""
+    layer = trace.layer(layer)
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_(True)
         out = trace.model.blocks[layer].mlp(_gained(trace, layer, x)[None, None])[0, 0]

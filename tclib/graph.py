@@ -18,11 +18,12 @@ from torch import Tensor
 
 from tclib.attribution import UnbalancedError
 from tclib.effects import CHUNK, Readers, Sources
+from tclib.model import token_name
 from tclib.pruning import influence_of_columns
 from tclib.targets import Target
 from tclib.tracing import Trace
 
-COLUMNS = ["kind", "layer", "position", "token", "feature", "activation", "value", "weight", "name"]
+COLUMNS = ["kind", "layer", "position", "token", "feature", "activation", "value", "weight", "name", "logit"]
 TYPES = {
     "layer": "Int64",
     "position": "Int64",
@@ -30,6 +31,7 @@ TYPES = {
     "activation": float,
     "value": float,
     "weight": float,
+    "logit": "Int64",
 }
 
 
@@ -39,7 +41,8 @@ class Graph:
 
     ``nodes`` columns: ``kind`` (feature, error, mlp, embedding, position, bias, remainder, target), ``layer``,
     ``position``, ``token``, ``feature``, ``activation`` (features), ``value`` (what the incoming effects sum to: a
-    pre-activation, a logit; empty for nodes that nothing explains), ``weight`` (targets) and ``name``.
+    pre-activation, a logit; empty for nodes that nothing explains), ``weight`` (targets), ``name`` and
+    ``logit`` (the id of the token whose logit a target is).
     """
 
     nodes: pd.DataFrame
@@ -103,9 +106,9 @@ def salient_logits(trace: Trace, position: int = -1, mass: float = 0.95, most: i
     mean, mean_bias = readers.mean(1), biases.mean()
     chosen = []
     for token, probability in zip(top.indices[:count].tolist(), top.values.tolist(), strict=False):
-        name = f"logit {trace.model.tokenizer.decode([token])!r} - mean logit"
+        name = f"logit {token_name(trace.model, token)} - mean logit"
         reader, bias = readers[:, token] - mean, (biases[token] - mean_bias).item()
-        chosen.append((Target(name, "final", trace.model.cfg.n_layers, position, reader, bias), probability))
+        chosen.append((Target(name, "final", trace.model.cfg.n_layers, position, reader, bias, token), probability))
     return chosen
 
 
@@ -174,6 +177,7 @@ def _nodes(trace: Trace, sources: Sources, keep: Tensor, values: Tensor, targets
             "weight": w,
             "value": v,
             "name": target.name,
+            "logit": target.token,
         }
         for (target, w), v in zip(targets, roots.values.tolist(), strict=True)
     ]

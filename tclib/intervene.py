@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import hook_in, hook_out
+from tclib.activations import hook_in, hook_out, our_name
+from tclib.inputs import check_tokens, from_end, whole
 from tclib.transcoder import Transcoder
 
 Hook = tuple[str, Callable]
@@ -32,14 +33,26 @@ _HELD = {
 def run(
     model: TransformerBridge, tokens: Int[Tensor, "row pos"], hooks: Sequence[Hook]
 ) -> Float[Tensor, "row pos vocab"]:
-    """Logits under the interventions; afterwards the model is as it was, also after an error."""
+    """Logits under the interventions; afterwards the model is as it was, also after an error.
+
+    Raises:
+        ValueError: tokens that do not fit (see `tclib.inputs.check_tokens`), or hooks as for `edited`.
+    """
+    tokens = check_tokens(model, tokens)
     with edited(model, hooks):
         return model(tokens)
 
 
 @contextmanager
 def edited(model: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
-    """The model under the interventions, for as many passes as wanted; afterwards it is as it was."""
+    """The model under the interventions, for as many passes as wanted; afterwards it is as it was.
+
+    Raises:
+        ValueError: a hook that the model does not have, as those of layers beyond its last.
+    """
+    for name, _ in hooks:
+        if isinstance(name, str) and name not in model.hook_dict:
+            raise ValueError(f"this model has no {name}: it has layers 0 to {model.cfg.n_layers - 1}")
     if not hooks:
         yield
         return
@@ -72,23 +85,24 @@ def hold(values: Mapping[str, Tensor], what: Sequence[Held]) -> list[Hook]:
 
 def replace_mlp(layer: int, transcoder: Transcoder) -> list[Hook]:
     """The MLP's output becomes TC(x) (paper, section 3.2), or SAE(MLP(x)) if the dictionary reads the output."""
-    reads = transcoder.config.hook_in
-    if reads == hook_out(layer):
+    reads, writes = (our_name(hook) for hook in (transcoder.config.hook_in, transcoder.config.hook_out))
+    if reads == writes == hook_out(layer):
         return [(hook_out(layer), lambda y, hook: transcoder(y))]
-    if reads != hook_in(layer):
-        raise ValueError(f"this transcoder reads {reads}, so it cannot replace the MLP of layer {layer}")
-    if transcoder.config.hook_out != hook_out(layer):
+    if reads == writes == hook_in(layer):
         raise ValueError("an SAE of the MLP's input reconstructs that input, not the MLP's output: use reencode_input")
-    return _through(layer, lambda x, y: transcoder(x))
+    _check_layer(layer, transcoder, "so it cannot replace the MLP")
+    return _through(layer, transcoder, lambda x, y: transcoder(x))
 
 
 def reencode_input(layer: int, sae: Transcoder) -> list[Hook]:
     """The MLP's input becomes SAE(x), an SAE on ``ln2.hook_normalized``; the MLP itself still computes."""
+    if our_name(sae.config.hook_in) != hook_in(layer):
+        raise ValueError(f"this SAE reads {sae.config.hook_in}, not the input {hook_in(layer)} of the MLP of layer {layer}")
 
     def edit(x: Tensor, hook) -> Tensor:
         return sae(x)
 
-    return [(hook_in(layer), edit)]
+    return [(sae.config.hook_in, edit)]
 
 
 def ablate_mlp(layer: int, value: Tensor | float = 0.0, positions: Positions = EVERYWHERE) -> list[Hook]:
@@ -96,7 +110,7 @@ def ablate_mlp(layer: int, value: Tensor | float = 0.0, positions: Positions = E
 
     def edit(y: Float[Tensor, "row pos d_model"], hook) -> Tensor:
         y = y.clone()
-        y[:, positions] = value
+        y[:, _places(positions, y)] = value
         return y
 
     return [(hook_out(layer), edit)]
@@ -106,8 +120,9 @@ def ablate_head(layer: int, head: int, value: Tensor | float = 0.0, positions: P
     """What head ``head`` mixes (``hook_z``, before W_O) at ``positions`` becomes ``value``."""
 
     def edit(z: Float[Tensor, "row pos head d_head"], hook) -> Tensor:
+        whole("head", head, z.shape[2], f"layer {layer}")
         z = z.clone()
-        z[:, positions, head] = value
+        z[:, _places(positions, z), head] = value
         return z
 
     return [(f"blocks.{layer}.attn.hook_z", edit)]
@@ -124,16 +139,18 @@ def keep_features(
 
     At other positions the MLP is left alone.
     """
+    _check_layer(layer, transcoder)
     kept = _feature_mask(transcoder, features)
 
     def edit(x: Tensor, y: Tensor) -> Tensor:
-        z = transcoder.encode(x[:, positions])
+        at = _places(positions, x)
+        z = transcoder.encode(x[:, at])
         held = torch.as_tensor(rest, dtype=z.dtype, device=z.device)
         y = y.clone()
-        y[:, positions] = transcoder.decode(torch.where(kept.to(z.device), z, held), x[:, positions])
+        y[:, at] = transcoder.decode(torch.where(kept.to(z.device), z, held), x[:, at])
         return y
 
-    return _through(layer, edit)
+    return _through(layer, transcoder, edit)
 
 
 def set_features(
@@ -144,16 +161,18 @@ def set_features(
     positions: Positions = EVERYWHERE,
 ) -> list[Hook]:
     """Features take ``value`` (0 removes them); the rest of the MLP, its transcoder's error included, stays."""
+    _check_layer(layer, transcoder)
     changed = _feature_mask(transcoder, features)
 
     def edit(x: Tensor, y: Tensor) -> Tensor:
-        z = transcoder.encode(x[:, positions])
+        at = _places(positions, x)
+        z = transcoder.encode(x[:, at])
         new = torch.where(changed.to(z.device), torch.as_tensor(value, dtype=z.dtype, device=z.device), z)
         y = y.clone()
-        y[:, positions] += (new - z) @ transcoder.W_dec
+        y[:, at] += (new - z) @ transcoder.W_dec
         return y
 
-    return _through(layer, edit)
+    return _through(layer, transcoder, edit)
 
 
 def scale_features(
@@ -164,23 +183,25 @@ def scale_features(
     positions: Positions = EVERYWHERE,
 ) -> list[Hook]:
     """Features fire ``factor`` times as strongly; the rest of the MLP, its transcoder's error included, stays."""
+    _check_layer(layer, transcoder)
     changed = _feature_mask(transcoder, features)
 
     def edit(x: Tensor, y: Tensor) -> Tensor:
-        z = transcoder.encode(x[:, positions]) * changed.to(x.device)
+        at = _places(positions, x)
+        z = transcoder.encode(x[:, at]) * changed.to(x.device)
         y = y.clone()
-        y[:, positions] += (z * factor - z) @ transcoder.W_dec
+        y[:, at] += (z * factor - z) @ transcoder.W_dec
         return y
 
-    return _through(layer, edit)
+    return _through(layer, transcoder, edit)
 
 
 def _keep(value: Tensor) -> Callable:
     return lambda now, hook: value.expand_as(now)
 
 
-def _through(layer: int, function: Callable[[Tensor, Tensor], Tensor]) -> list[Hook]:
-    """Two hooks: one remembers the MLP's input, the other puts function(input, output) in place of its output."""
+def _through(layer: int, transcoder: Transcoder, function: Callable[[Tensor, Tensor], Tensor]) -> list[Hook]:
+    """Two hooks: one remembers what the transcoder reads, the other puts function(that, output) in the output's place."""
     seen: dict[str, Tensor] = {}
 
     def remember(x: Tensor, hook) -> None:
@@ -189,14 +210,29 @@ def _through(layer: int, function: Callable[[Tensor, Tensor], Tensor]) -> list[H
     def edit(y: Tensor, hook) -> Tensor:
         return function(seen.pop("x"), y)
 
-    return [(hook_in(layer), remember), (hook_out(layer), edit)]
+    return [(transcoder.config.hook_in, remember), (hook_out(layer), edit)]
+
+
+def _places(positions: Positions, values: Float[Tensor, "row pos *rest"]) -> Positions:
+    """The positions, if the prompts have them; negative ones count from the end."""
+    if isinstance(positions, slice):
+        return positions
+    count = values.shape[1]
+    if isinstance(positions, int) or (isinstance(positions, Tensor) and not positions.ndim):
+        return from_end("position", positions, count, "the prompts")
+    return [from_end("position", at, count, "the prompts") for at in positions]
+
+
+def _check_layer(layer: int, transcoder: Transcoder, why: str = "so it does not belong to the MLP") -> None:
+    reads, writes = transcoder.config.hook_in, transcoder.config.hook_out
+    if (our_name(reads), our_name(writes)) != (hook_in(layer), hook_out(layer)):
+        raise ValueError(f"this transcoder reads {reads} and writes {writes}, {why} of layer {layer}")
 
 
 def _feature_mask(transcoder: Transcoder, features: Sequence[int] | Tensor) -> Tensor:
-    index = torch.as_tensor(features, dtype=torch.long)
     n = transcoder.config.d_features
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < n):
-        raise ValueError(f"features must lie between 0 and {n - 1}, but {index.tolist()} were given")
+    given = features.flatten().tolist() if isinstance(features, Tensor) else list(features)
+    index = torch.tensor([whole("feature", feature, n, "the transcoder") for feature in given], dtype=torch.long)
     mask = torch.zeros(n, dtype=torch.bool)
     mask[index] = True
     return mask

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import guards, hub
+from tclib.inputs import bos_id
 from tclib.memory import check_memory
 from tclib.paths import data_path
 
@@ -70,6 +71,8 @@ def load_model(name: str = "bundled", device: str | None = None, processed: bool
         device: ``"cpu"``, ``"cuda"`` or ``"mps"``; the best one present by default.
         processed: False leaves the weights as they are on disk, for transcoders trained on such a model.
 
+    Text is read behind BOS. For a model that was trained without, set ``model.cfg.default_prepend_bos = False``.
+
     Raises:
         ValueError: unknown name, not in the cache while off-line, a damaged file, too little memory, or a model whose
             blocks are not GPT-2's or GPT-NeoX's (the property that does not fit is named).
@@ -86,6 +89,7 @@ def load_model(name: str = "bundled", device: str | None = None, processed: bool
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder} could not be read as a model: {reason}") from error
     model = model.float().eval().requires_grad_(False)
+    model.cfg.default_prepend_bos = True  # of GPT-NeoX too, where TransformerLens says False; see `tclib.inputs.bos_id`
     if processed:
         with _quiet_loading():
             model.enable_compatibility_mode(disable_warnings=True)
@@ -192,18 +196,18 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
 
 
 def to_tokens(model: TransformerBridge, prompt: str) -> Int[Tensor, " pos"]:
-    """The prompt's tokens behind one BOS token.
+    """The prompt's tokens, behind one BOS token if the model reads text so (see `tclib.inputs.bos_id`).
 
     Raises:
         ValueError: an empty prompt, or more tokens than the model's context.
     """
     if not prompt.strip():
         raise ValueError("the prompt is empty: give at least one word")
-    ids = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids = [model.tokenizer.bos_token_id, *ids]
+    ids, bos = model.tokenizer(prompt, add_special_tokens=False)["input_ids"], bos_id(model)
+    ids = ids if bos is None else [bos, *ids]
     if len(ids) > model.cfg.n_ctx:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens with BOS, but the model reads at most {model.cfg.n_ctx}: shorten it"
+            f"the prompt has {len(ids)} tokens{' with BOS' * (bos is not None)}, but the model reads at most {model.cfg.n_ctx}: shorten it"
         )
     return torch.tensor(ids, device=model.cfg.device)
 
@@ -219,6 +223,13 @@ def to_token(model: TransformerBridge, text: str) -> int:
         pieces = [model.tokenizer.decode([i]) for i in ids]
         raise ValueError(f"{text!r} is {len(ids)} tokens {pieces}, but one token is needed here")
     return ids[0]
+
+
+def token_name(model: TransformerBridge, token: int) -> str:
+    """One token in quotes, with its id where the text alone does not say which it is: pieces of characters all read U+FFFD."""
+    text = model.tokenizer.decode([token])
+    alone = model.tokenizer(text, add_special_tokens=False)["input_ids"] == [token]
+    return repr(text) if alone else f"{text!r} (token {token})"
 
 
 def token_strings(model: TransformerBridge, tokens: Int[Tensor, " pos"]) -> list[str]:

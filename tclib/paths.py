@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from pathlib import Path
 
@@ -24,6 +25,33 @@ def data_path(*parts: str) -> Path:
             f"{path} is missing: reinstall tclib, or restore data/ in your clone (`git checkout -- data`)."
         )
     return path
+
+
+def decoded(content: bytes, path: Path) -> str:
+    """Text of a file in UTF-8, whatever the platform's encoding; a byte order mark is no part of it.
+
+    Raises:
+        ValueError: another encoding.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+        if "\0" not in text:
+            return text.replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError:
+        pass
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content
+    kind = "UTF-16, or no text" if marked else "latin-1 or another encoding, or damaged"
+    raise ValueError(f"{path} is not text in UTF-8 (it may be {kind}): save it as UTF-8")
+
+
+def read_text(path: Path) -> str:
+    """`decoded`, of a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: another encoding.
+    """
+    return decoded(path.read_bytes(), path)
 
 
 def write_whole(path: Path, content: bytes) -> None:

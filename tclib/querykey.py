@@ -152,7 +152,7 @@ def read(trace: Trace, layer: int, head: int, side: Side, positions: Tensor) -> 
 
 
 def _weights(trace: Trace, layer: int, head: int, side: Side) -> tuple[Tensor, Tensor]:
-    model = trace.model
+    model, layer, head = trace.model, trace.layer(layer), trace.head(head)
     W, b = (model.W_Q, model.b_Q) if side == "query" else (model.W_K, model.b_K)
     return W[layer, head], b[layer, head]
 

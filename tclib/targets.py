@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tclib.inputs import whole
 from tclib.model import to_token
 from tclib.tracing import Place, Trace
 
@@ -27,6 +28,7 @@ class Target:
     position: int
     reader: Float[Tensor, " d_model"]
     bias: float
+    token: int | None = None  # whose logit this is, if it is that of one token
 
     def scale(self, trace: Trace) -> float:
         """The LayerNorm scale (standard deviation) that this input was divided by; treated as a constant."""
@@ -52,10 +54,8 @@ def feature(trace: Trace, layer: int, index: int, position: int = -1) -> Target:
     Raises:
         ValueError: no such layer, transcoder, feature or position.
     """
-    transcoder = trace.transcoders[trace.layer(layer, with_transcoder=True)]
-    if not 0 <= index < transcoder.config.d_features:
-        raise ValueError(f"feature {index} is outside the transcoder, which has {transcoder.config.d_features}")
-    position = trace.position(position)
+    index, position = trace.feature(layer, index), trace.position(position)
+    transcoder = trace.transcoders[layer]
     reader, bias = transcoder.W_enc[:, index], transcoder.b_enc[index].item()
     name = f"feature {layer}/{index} at {position}"
     target = Target(name, "mlp_in", layer, position, reader, bias)
@@ -69,12 +69,12 @@ def logit(trace: Trace, token: str | int, position: int = -1) -> Target:
     mean logit, and the target's name says so.
     """
     index = to_token(trace.model, token) if isinstance(token, str) else token
-    if not 0 <= index < trace.model.cfg.d_vocab:
-        raise ValueError(f"token {index} is outside the vocabulary of {trace.model.cfg.d_vocab}")
+    index = whole("token", index, trace.model.cfg.d_vocab, "the vocabulary")
     W_U = trace.model.W_U
     centred = W_U.mean(dim=1).abs().max() < 1e-4 * W_U.std()
     name = f"logit {token!r}" + " - mean logit" * bool(centred)
-    return _final(trace, name, position, W_U[:, index], trace.model.b_U[index].item())
+    target = _final(trace, name, position, W_U[:, index], trace.model.b_U[index].item())
+    return replace(target, token=index)
 
 
 def logit_difference(trace: Trace, token: str | int, other: str | int, position: int = -1) -> Target:
@@ -89,8 +89,9 @@ def direction(trace: Trace, reader: Float[Tensor, " d_model"], place: Place, lay
         raise ValueError(f"the direction has shape {tuple(reader.shape)}, not ({trace.model.cfg.d_model},)")
     if place == "final":
         return _final(trace, "direction at the end", position, reader, 0.0)
-    position = trace.position(position)
-    return Target(f"direction at {place} {layer}", place, trace.layer(layer), position, reader, 0.0)
+    position, where = trace.position(position), trace.layer(layer)
+    trace.scale(place, layer)  # refuses another place
+    return Target(f"direction at {place} {layer}", place, where, position, reader, 0.0)
 
 
 def head_source(trace: Trace, target: Target, layer: int, head: int, source: int) -> Target:
@@ -99,10 +100,10 @@ def head_source(trace: Trace, target: Target, layer: int, head: int, source: int
     Paper, section 4.1: with the pattern A frozen, the reader at the source is ``A[t, s] W_V W_O reader``.
     Its value is the head's row in the target's table (without the head's value bias).
     """
-    if not (0 <= head < trace.model.cfg.n_heads and layer in trace.attention_before(target.place, target.layer)):
+    layer, head, source = trace.layer(layer), trace.head(head), trace.position(source)
+    if layer not in trace.attention_before(target.place, target.layer):
         raise ValueError(f"head {layer}.{head} does not come before {target.name}")
-    source = trace.position(source)
-    weight = trace.cache[f"blocks.{trace.layer(layer)}.attn.hook_pattern"][head, target.position, source]
+    weight = trace.cache[f"blocks.{layer}.attn.hook_pattern"][head, target.position, source]
     reader = weight * (trace.model.W_V[layer, head] @ (trace.model.W_O[layer, head] @ target.pulled_back(trace)))
     return Target(f"head {layer}.{head} from {source} to {target.name}", "attn_in", layer, source, reader, 0.0)
 

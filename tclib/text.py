@@ -14,7 +14,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.chronicle import documents
-from tclib.paths import data_path
+from tclib.inputs import bos_id
+from tclib.paths import data_path, read_text
 
 # Far from the seeds of the documents that the bundled model and its transcoders were trained on (0, 1, 2, ...).
 UNSEEN_SEEDS = 2_000_000
@@ -38,7 +39,7 @@ def load_text(model: TransformerBridge, source: str, rows: int, seed: int = 0) -
         seed: which chronicle documents; where in the sampled text to start. Files are read from their beginning.
 
     Raises:
-        ValueError: an unknown source, or one too short for the rows asked for.
+        ValueError: an unknown source, one too short for the rows asked for, or a file that is not UTF-8.
     """
     if rows < 1:
         raise ValueError(f"rows = {rows}: ask for at least one row of text")
@@ -49,7 +50,7 @@ def load_text(model: TransformerBridge, source: str, rows: int, seed: int = 0) -
     path = Path(source)
     if path.exists():
         files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path]
-        return pack(model, (file.read_text(errors="replace") for file in files), rows)
+        return pack(model, (read_text(file) for file in files), rows)
     if source.count("/") == 1 and not source.startswith((".", "/")):
         return pack(model, _hub_dataset(source), rows)
     raise ValueError(f"unknown text {source!r}: use 'chronicle', 'sampled', a .txt file, a folder or a dataset id")
@@ -57,17 +58,19 @@ def load_text(model: TransformerBridge, source: str, rows: int, seed: int = 0) -
 
 def chronicle(model: TransformerBridge, rows: int, seed: int = 0, split: str = "train") -> LabelledText:
     """Rows of chronicle prose with the latent of each token. Documents are packed with BOS between them."""
-    bos, width = model.tokenizer.bos_token_id, model.cfg.n_ctx
+    bos, width = bos_id(model), model.cfg.n_ctx
+    first = [] if bos is None else [bos]
     ids: list[int] = []
     latents: list[str] = []
     source = documents(UNSEEN_SEEDS + seed, split)
-    while len(ids) <= rows * (width - 1):
+    while len(ids) <= rows * (width - len(first)):
         document = next(source)
         encoded = model.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)
-        ids += [bos, *encoded["input_ids"]]
-        latents += ["bos", *document.latents([end for _, end in encoded["offset_mapping"]])]
+        ids += [*first, *encoded["input_ids"]]
+        latents += ["bos"] * len(first) + [*document.latents([end for _, end in encoded["offset_mapping"]])]
     # Every row brings its own BOS, so the first document's is dropped.
-    return LabelledText(_rows(ids[1:], rows, width, bos), _label_rows(latents[1:], rows, width))
+    ids, latents = ids[len(first) :], latents[len(first) :]
+    return LabelledText(_rows(ids, rows, width, first), _label_rows(latents, rows, width, ["bos"] * len(first)))
 
 
 def pack(model: TransformerBridge, texts: Iterable[str], rows: int) -> Int[Tensor, "row pos"]:
@@ -76,32 +79,35 @@ def pack(model: TransformerBridge, texts: Iterable[str], rows: int) -> Int[Tenso
     Raises:
         ValueError: the texts are shorter than the rows asked for.
     """
-    bos, width = model.tokenizer.bos_token_id, model.cfg.n_ctx
+    bos, width = bos_id(model), model.cfg.n_ctx
+    first = [] if bos is None else [bos]
     ids: list[int] = []
     for text in texts:
         for start in range(0, len(text), 100_000):
             # Long files are cut into parts so that the tokenizer never holds a whole book.
             part = text[start : start + 100_000]
-            ids += [*([bos] if start == 0 else []), *model.tokenizer(part, add_special_tokens=False)["input_ids"]]
-            if len(ids) > rows * (width - 1):
-                return _rows(ids[1:], rows, width, bos)
-    have = len(ids) // (width - 1)
+            ids += [*(first if start == 0 else []), *model.tokenizer(part, add_special_tokens=False)["input_ids"]]
+            if len(ids) > rows * (width - len(first)):
+                return _rows(ids[len(first) :], rows, width, first)
+    have = len(ids) // (width - len(first))
     raise ValueError(f"the text fills {have} rows of {width} tokens, but {rows} were asked for: give more text")
 
 
-def _rows(ids: list[int], rows: int, width: int, bos: int) -> Int[Tensor, "row pos"]:
-    body = torch.tensor(ids[: rows * (width - 1)]).view(rows, width - 1)
-    return torch.cat([torch.full((rows, 1), bos), body], dim=1)
+def _rows(ids: list[int], rows: int, width: int, first: list[int]) -> Int[Tensor, "row pos"]:
+    width -= len(first)
+    body = torch.tensor(ids[: rows * width]).view(rows, width)
+    return torch.cat([torch.tensor(first, dtype=body.dtype).expand(rows, -1), body], dim=1)
 
 
-def _label_rows(latents: list[str], rows: int, width: int) -> np.ndarray:
-    body = np.array(latents[: rows * (width - 1)], dtype=object).reshape(rows, width - 1)
-    return np.concatenate([np.full((rows, 1), "bos", dtype=object), body], axis=1)
+def _label_rows(latents: list[str], rows: int, width: int, first: list[str]) -> np.ndarray:
+    width -= len(first)
+    body = np.array(latents[: rows * width], dtype=object).reshape(rows, width)
+    return np.concatenate([np.full((rows, len(first)), "bos", dtype=object), body], axis=1)
 
 
 def _sampled(model: TransformerBridge, rows: int, seed: int) -> Int[Tensor, "row pos"]:
     tokens = torch.from_numpy(np.load(data_path("text", "sampled.npy"), allow_pickle=False).astype(np.int64))
-    if tokens.shape[1] != model.cfg.n_ctx or int(tokens[0, 0]) != model.tokenizer.bos_token_id:
+    if tokens.shape[1] != model.cfg.n_ctx or int(tokens[0, 0]) != bos_id(model):
         raise ValueError("the sampled text belongs to the bundled model: choose another text for this model")
     if rows > len(tokens):
         raise ValueError(f"the sampled text has {len(tokens)} rows, but {rows} were asked for")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -12,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import hook_in, hook_out
+from tclib.activations import folded, hook_in, hook_out, our_name
+from tclib.inputs import check_tokens, feature_of, from_end, whole, words
 from tclib.model import to_tokens, token_strings
 from tclib.transcoder import Transcoder
 
@@ -38,18 +40,22 @@ class Trace:
 
     def position(self, position: int) -> int:
         """The position counted from the front; raises if the prompt has no such token."""
-        length = len(self.tokens)
-        if not -length <= position < length:
-            raise ValueError(f"position {position} is outside the prompt, which has {length} tokens with BOS")
-        return position % length
+        return from_end("position", position, len(self.tokens), "the prompt")
 
     def layer(self, layer: int, with_transcoder: bool = False) -> int:
         """The layer, if the model (and, if asked, a transcoder) has it; raises otherwise."""
-        if not 0 <= layer < self.model.cfg.n_layers:
-            raise ValueError(f"layer {layer} is outside the model, which has layers 0 to {self.model.cfg.n_layers - 1}")
+        layer = whole("layer", layer, self.model.cfg.n_layers, "the model")
         if with_transcoder and layer not in self.transcoders:
             raise ValueError(f"layer {layer} has no transcoder: layers {sorted(self.transcoders)} have one")
         return layer
+
+    def head(self, head: int) -> int:
+        """The head, if the model's layers have it; raises otherwise."""
+        return whole("head", head, self.model.cfg.n_heads, "the layer")
+
+    def feature(self, layer: int, feature: int) -> int:
+        """The feature, if the transcoder of this layer has it; raises otherwise."""
+        return feature_of(self.transcoders, self.layer(layer), feature)
 
     @cached_property
     def logits(self) -> Float[Tensor, "pos vocab"]:
@@ -70,6 +76,7 @@ class Trace:
 
     def residual(self, place: Place, layer: int) -> Float[Tensor, "pos d_model"]:
         """The residual stream that the LayerNorm of a place reads (``layer`` does not matter at "final")."""
+        self._check(place, layer)
         if place == "final":
             return self.cache[f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post"]
         mid = place == "mlp_in" and not self.parallel
@@ -77,6 +84,7 @@ class Trace:
 
     def scale(self, place: Place, layer: int) -> Float[Tensor, " pos"]:
         """What that LayerNorm divides by, its input's standard deviation. Attribution holds it constant."""
+        self._check(place, layer)
         return self.cache[_NORMS[place].format(layer) + ".hook_scale"][:, 0]
 
     def gain(self, place: Place, layer: int) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
@@ -84,6 +92,7 @@ class Trace:
 
         A transcoder reads before gain and bias in every model (paper, section 3.1), so at "mlp_in" too they are 1, 0.
         """
+        self._check(place, layer)
         norm = self.model.ln_final if place == "final" else self.model.blocks[layer].ln1
         if place == "mlp_in":
             return torch.ones_like(norm.weight), torch.zeros_like(norm.bias)
@@ -96,6 +105,12 @@ class Trace:
         readers = readers * self.gain(place, layer)[0]
         centred = readers - readers.mean(-1, keepdim=True)
         return centred / self.scale(place, layer)[positions][..., None]
+
+    def _check(self, place: str, layer: int) -> None:
+        if place not in _NORMS:
+            raise ValueError(f"there is no place {place!r}: choose one of {', '.join(_NORMS)}")
+        if place != "final":
+            self.layer(layer)
 
     def attention_before(self, place: Place, layer: int) -> range:
         """Layers whose attention has written to what this place reads (those of the MLPs are ``range(layer)``)."""
@@ -129,42 +144,70 @@ def trace(
             for example, need False.
 
     Raises:
-        ValueError: an empty or too long prompt; a transcoder whose sizes, hooks or outputs do not fit the model.
+        ValueError: an empty or too long prompt, or tokens that do not fit (see `tclib.inputs.check_tokens`); a
+            transcoder whose sizes, hooks, precision or outputs do not fit the model.
     """
-    tokens = to_tokens(model, prompt) if isinstance(prompt, str) else prompt.to(model.cfg.device)
-    if tokens.ndim != 1 or not 0 < len(tokens) <= model.cfg.n_ctx:
-        raise ValueError(
-            f"the prompt has shape {tuple(tokens.shape)}: give one row of 1 to {model.cfg.n_ctx} tokens, BOS included"
-        )
+    tokens = to_tokens(model, prompt) if isinstance(prompt, str) else prompt
+    tokens = check_tokens(model, tokens, "the prompt", rows=False).to(model.cfg.device)
     for layer, transcoder in transcoders.items():
         check_belongs(model, layer, transcoder)
+        check_dtype(model, layer, transcoder)
     with model.hooks(fwd_hooks=[("unembed.hook_in", lambda value, hook: value[:, :0])]):  # see `Trace.logits`
         _, cache = model.run_with_cache(tokens[None], names_filter=_needed(model.cfg.n_layers).__contains__)
     kept = {name: value[0] for name, value in cache.items()}
     features = {layer: t.encode(kept[hook_in(layer)]) for layer, t in transcoders.items()}
     traced = Trace(model, transcoders, tokens, token_strings(model, tokens), kept, features)
-    if check_fit and len(tokens) > 1:
+    if check_fit and words(model, tokens).any():
         _check_fit(traced)
     return traced
 
 
-def check_belongs(model: TransformerBridge, layer: int, transcoder: Transcoder) -> None:
-    """Refuse a transcoder of other widths, layers or hooks than this model's MLPs."""
+def check_belongs(model: TransformerBridge, layer: int, transcoder: Transcoder, saes: bool = False) -> None:
+    """Refuse a transcoder of other widths, layers or hooks than this model's MLPs.
+
+    Hooks that are the same place by another name are taken, with a warning that says so (see `our_name`).
+
+    Args:
+        saes: an SAE of either side of the MLP will do as well.
+    """
     config = transcoder.config
-    if config.d_in != model.cfg.d_model or not 0 <= layer < model.cfg.n_layers:
+    whole("layer", layer, model.cfg.n_layers, "the model")
+    if {config.d_in, config.d_out} != {model.cfg.d_model}:
         raise ValueError(
-            f"the transcoder of layer {layer} reads width {config.d_in}; this model has width "
-            f"{model.cfg.d_model} and layers 0 to {model.cfg.n_layers - 1}: they do not belong together"
+            f"the transcoder of layer {layer} reads width {config.d_in} and writes width {config.d_out}; this model has "
+            f"width {model.cfg.d_model}: they do not belong together"
         )
-    if (config.hook_in, config.hook_out) != (hook_in(layer), hook_out(layer)):
-        raise ValueError(f"layer {layer} holds a dictionary of {config.hook_in}, not a transcoder")
+    found, ours = (config.hook_in, config.hook_out), (hook_in(layer), hook_out(layer))
+    taken = tuple(
+        hook if hook.endswith("mlp.hook_in") and not folded(model, layer) else our_name(hook) for hook in found
+    )
+    if taken != ours and not (saes and taken in zip(ours, ours, strict=True)):
+        where = " and behind LayerNorm's gain and bias, which this model has" * (found[0].endswith(".mlp.hook_in"))
+        raise ValueError(
+            f"the dictionary of layer {layer} reads {found[0]}{where}, and writes {found[1]}; a transcoder of this layer "
+            f"reads {ours[0]} and writes {ours[1]}"
+        )
+    for theirs, name in zip(found, taken, strict=True):
+        if theirs != name:
+            warnings.warn(f"{theirs} of the transcoder of layer {layer} is taken as {name}: the same place", stacklevel=3)
+
+
+def check_dtype(model: TransformerBridge, layer: int, transcoder: Transcoder) -> None:
+    """Refuse a transcoder of another precision than the model's."""
+    theirs, ours = transcoder.W_enc.dtype, next(model.parameters()).dtype
+    if theirs != ours:
+        raise ValueError(
+            f"the transcoder of layer {layer} is in {theirs}, but the model computes in {ours}: load it with "
+            f"load_transcoders(..., dtype={ours})"
+        )
 
 
 def _check_fit(trace: Trace) -> None:
     """BOS is left out, as in training. Compared with zero: a prompt's mean is a noisy baseline."""
+    kept = words(trace.model, trace.tokens)
     for layer, transcoder in trace.transcoders.items():
-        y, x = trace.cache[hook_out(layer)][1:], trace.cache[hook_in(layer)][1:]
-        error = (y - transcoder.decode(trace.features[layer][1:], x)).square().sum() / y.square().sum()
+        y, x = trace.cache[hook_out(layer)][kept], trace.cache[hook_in(layer)][kept]
+        error = (y - transcoder.decode(trace.features[layer][kept], x)).square().sum() / y.square().sum()
         if not error < 1:
             raise ValueError(
                 f"the transcoder of layer {layer} is further from this model's MLP than zero is (unexplained fraction "

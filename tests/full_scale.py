@@ -37,6 +37,7 @@ def build(folder: Path) -> tuple[Path, Path]:
         shutil.copy(tokenizer / name, model)
     lm = tc.load_model(str(model), device="cpu")
     tokens = torch.randint(0, 5000, (1, 256))
+    tokens[:, 0] = lm.tokenizer.bos_token_id
     (batch,) = mlp_activations(lm, tokens, range(LAYERS))
     for layer, seen in batch.items():
         w = foreign.weights(layer, WIDTH, FEATURES)

@@ -402,14 +402,14 @@ def test_fronts_file_is_complete_and_fair():
     ("change", "message"),
     [
         (lambda t, x: (t, x[:0]), "there is no text"),
-        (lambda t, x: (t, x[:, :1]), "predicts nothing"),
-        (lambda t, x: (t, x[0]), "predicts nothing"),
+        (lambda t, x: (t, x[:, :1]), "give rows .row, pos. of 2 to 16 tokens"),
+        (lambda t, x: (t, x[0]), "give rows .row, pos. of 2 to 16 tokens"),
         (lambda t, x: (t, torch.full((2, 8), BOS)), "nothing but BOS"),
-        (lambda t, x: (t, x.repeat(1, 2)), "at most 16"),
+        (lambda t, x: (t, x.repeat(1, 2)), "2 to 16 tokens"),
         (lambda t, x: ({}, x), "layers 0 to 2"),
         (lambda t, x: ({7: t[0]}, x), "layers 0 to 2"),
         (lambda t, x: ({0: t[0].to("meta")}, x), "layer 0 is on meta, but the model is on cpu"),
-        (lambda t, x: ({1: t[0]}, x), "cannot replace the MLP of layer 1"),
+        (lambda t, x: ({1: t[0]}, x), "reads blocks.0.ln2.hook_normalized, .*a transcoder of this layer reads blocks.1"),
     ],
 )
 def test_bad_input_gets_one_sentence(model, tokens, change, message):

@@ -479,7 +479,7 @@ def test_bad_input_gets_one_sentence(model, transcoders, tokens, built, tmp_path
     with pytest.raises(index.NeverFired, match="feature 0/6 never fired on the 749 tokens of this index"):
         read.top(built, 0, 6)
     assert read.count(built, 0, 6) == 0
-    with pytest.raises(ValueError, match="feature 64 is outside layer 0, which has 64 features"):
+    with pytest.raises(ValueError, match="feature 64 is outside layer 0, which has features 0 to 63"):
         read.top(built, 0, 64)
     with pytest.raises(ValueError, match="feature -1 is outside"):
         read.count(built, 0, -1)

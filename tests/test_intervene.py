@@ -19,7 +19,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture()
 def tokens():
-    return torch.randint(0, 40, (3, 8), generator=torch.Generator().manual_seed(0))
+    rows = torch.randint(0, 40, (3, 8), generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = 40
+    return rows
 
 
 def outputs(model, tokens, hooks, name):
@@ -226,5 +228,5 @@ def test_wrong_requests_get_one_sentence(model, tokens):
         intervene.hold({}, ["values"])
     with pytest.raises(ValueError, match="cannot replace the MLP of layer 0"):
         intervene.replace_mlp(0, make_transcoder(1))
-    with pytest.raises(ValueError, match="between 0 and 63"):
+    with pytest.raises(ValueError, match="feature 64 is outside the transcoder, which has features 0 to 63"):
         intervene.keep_features(0, make_transcoder(0), [64])

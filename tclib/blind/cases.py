@@ -16,6 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib import targets
 from tclib.activations import hook_in
 from tclib.attribution import attribute
+from tclib.inputs import check_tokens, feature_of, from_end, whole
 from tclib.intervene import Hook, edited, replace_mlp
 from tclib.model import to_tokens
 from tclib.tasks import published
@@ -36,8 +37,16 @@ def activation(
     position: int = -1,
     replaced: Iterable[int] = (),
     hooks: Sequence[Hook] = (),
+    bos: bool = True,
 ) -> float:
-    """A feature's activation, with the MLPs of the layers ``replaced`` by their transcoders and under other hooks."""
+    """A feature's activation, with the MLPs of the layers ``replaced`` by their transcoders and under other hooks.
+
+    Args:
+        bos: False: the prompt has no BOS in front, as some in the paper's code.
+    """
+    index = feature_of(transcoders, layer, index)
+    tokens = check_tokens(model, tokens, "the prompt", rows=False, bos=bos)
+    position = from_end("position", position, len(tokens), "the prompt")
     x = _read(model, transcoders, tokens, layer, position, replaced, hooks)
     return transcoders[layer].encode(x)[index].item()
 
@@ -67,12 +76,15 @@ def patches(
     Raises:
         ValueError: prompts of two lengths.
     """
+    index = feature_of(transcoders, layer, index)
+    tokens, source = (check_tokens(model, t, "the prompt", rows=False) for t in (tokens, source))
     if len(tokens) != len(source):
         raise ValueError(f"the prompts have {len(tokens)} and {len(source)} tokens: patching needs one length")
     before = _read(model, transcoders, tokens, layer)
     every = [(i, h) for i in range(layer + 1) for h in range(model.cfg.n_heads)]
     rows = []
     for at, head in every if heads is None else heads:
+        at, head = whole("layer", at, layer + 1, "what comes before"), whole("head", head, model.cfg.n_heads, "the layer")
         row = {"layer": at, "head": head}
         for name, parts in {"keys_and_values": "kv", "values": "v"}.items():
             hooks = patch(model, source, at, head, position, parts)
@@ -87,6 +99,9 @@ def patch(
     model: TransformerBridge, source: Int[Tensor, " pos"], layer: int, head: int, position: int, parts: str
 ) -> list[Hook]:
     """One head's keys ("k"), values ("v") or both ("kv") at one position become those of the prompt ``source``."""
+    layer, head = whole("layer", layer, model.cfg.n_layers, "the model"), whole("head", head, model.cfg.n_heads, "it")
+    source = check_tokens(model, source, "the prompt", rows=False)
+    position = from_end("position", position, len(source), "the prompt")
     names = {f"blocks.{layer}.attn.hook_{part}" for part in parts}
     _, cache = model.run_with_cache(
         source.to(model.cfg.device)[None], names_filter=names.__contains__, stop_at_layer=layer + 1
@@ -109,7 +124,7 @@ def published_cases(model: TransformerBridge, transcoders: Transcoders) -> dict[
 
     def at(prompt: str, index: int, **change) -> float:
         without_bos = to_tokens(model, prompt)[1:]
-        return activation(model, transcoders, without_bos, 8, index, **change)
+        return activation(model, transcoders, without_bos, 8, index, bos=False, **change)
 
     def circuit(prompt: str, index: int) -> dict[str, float]:
         traced = trace(model, transcoders, prompt)

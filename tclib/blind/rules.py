@@ -15,6 +15,8 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from transformer_lens.model_bridge import TransformerBridge
 
+from tclib.inputs import bos_id
+from tclib.inputs import words as are_words
 from tclib.text import LabelledText
 
 Hits = Bool[np.ndarray, "row pos"]
@@ -34,9 +36,9 @@ class Words:
 def words(model: TransformerBridge, text: LabelledText) -> Words:
     """The strings of a text's tokens, beside its latents."""
     ids, places = np.unique(text.tokens.cpu().numpy(), return_inverse=True)
-    bos = model.tokenizer.bos_token_id
+    bos = bos_id(model)
     strings = np.array(["\n" if i == bos else model.tokenizer.decode([i]) for i in ids.tolist()], dtype=object)
-    return Words(strings[places].reshape(text.tokens.shape), text.latents, text.tokens.cpu().numpy() != bos)
+    return Words(strings[places].reshape(text.tokens.shape), text.latents, are_words(model, text.tokens).cpu().numpy())
 
 
 class Rule:

@@ -22,10 +22,11 @@ from tclib import connections, targets
 from tclib.attribution import attribute
 from tclib.blind.rules import Rule, Words, score
 from tclib.circuits import best_first
+from tclib.inputs import check_tokens, feature_of, words
 from tclib.model import token_strings
 from tclib.prompt_graph import Node, prompt_graph
 from tclib.targets import Target
-from tclib.tracing import Trace, trace
+from tclib.tracing import Trace, check_belongs, trace
 from tclib.transcoder import Transcoder
 from tclib.views import highlighted
 
@@ -47,21 +48,22 @@ def activations(
         sources: by name, a transcoder or SAE, or a hook whose values are units themselves (neurons).
 
     Raises:
-        ValueError: a hook that the model does not have.
+        ValueError: a hook that the model does not have, or tokens that do not fit (`tclib.inputs.check_tokens`).
     """
     hooks = {name: s if isinstance(s, str) else s.config.hook_in for name, s in sources.items()}
     unknown = sorted(set(hooks.values()) - set(model.hook_dict))
     if unknown:
         raise ValueError(f"this model has no {unknown[0]}: do its units belong to another model?")
+    tokens = check_tokens(model, tokens)
     stop = 1 + max(int(hook.split(".")[1]) for hook in hooks.values())
     parts: dict[str, list[Tensor]] = {name: [] for name in sources}
     for rows in tokens.split(batch_size):
         rows = rows.to(model.cfg.device)
         _, cache = model.run_with_cache(rows, names_filter=set(hooks.values()).__contains__, stop_at_layer=stop)
-        words = rows != model.tokenizer.bos_token_id
+        kept = words(model, rows)
         for name, source in sources.items():
             values = cache[hooks[name]] if isinstance(source, str) else source.encode(cache[hooks[name]])
-            parts[name].append((values * words[..., None]).cpu())
+            parts[name].append((values * kept[..., None]).cpu())
     return {name: torch.cat(part).numpy() for name, part in parts.items()}
 
 
@@ -109,6 +111,11 @@ class Seal:
         Raises:
             ValueError: the feature never fires on this text.
         """
+        index = feature_of(transcoders, layer, index)
+        check_belongs(model, layer, transcoders[layer])
+        tokens = check_tokens(model, tokens)
+        if activations.shape != tuple(tokens.shape):
+            raise ValueError(f"activations have shape {activations.shape}, but the text {tuple(tokens.shape)}")
         if not activations.max() > 0:
             raise ValueError(f"mlp{layer}[{index}] never fires on this text: draw another, or give more text")
         self.name, self.layer, self.index, self.restricted = f"mlp{layer}[{index}]", layer, index, restricted

@@ -15,6 +15,7 @@ from tclib.activations import hook_in, hook_out
 from tclib.formats.graph_json import neuronpedia_url
 from tclib.index import NeverFired, connect, read, search
 from tclib.index.store import Index
+from tclib.inputs import bos_id, feature_of
 from tclib.model import token_strings
 from tclib.tracing import trace
 from tclib.transcoder import Transcoder, TranscoderConfig
@@ -79,13 +80,10 @@ def collect(
     Raises:
         ValueError: a layer or feature that is not there, or an index made from other weights.
     """
-    index.layer_offsets(layer)
-    if layer not in transcoders:
-        raise ValueError(f"layer {layer} has no transcoder: layers {sorted(transcoders)} have one")
+    feature = feature_of(transcoders, layer, index.feature(layer, feature))
     index.check(model, {layer: transcoders[layer]})
-    bos = torch.tensor([model.tokenizer.bos_token_id], device=model.cfg.device)
     # Input-invariant numbers are the same at every prompt; BOS alone is the shortest.
-    traced = trace(model, dict(transcoders), bos)
+    traced = trace(model, dict(transcoders), torch.tensor([bos_id(model) or 0]))
     target = targets.feature(traced, layer, feature, 0)
     fired = read.count(index, layer, feature) > 0
     return Dashboard(

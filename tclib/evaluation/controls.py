@@ -8,6 +8,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import hook_in, hook_out
+from tclib.inputs import check_layers, whole
 from tclib.intervene import Hook
 from tclib.transcoder import Transcoder, TranscoderConfig
 
@@ -22,7 +23,9 @@ def top_neurons(model: TransformerBridge, layer: int, k: int, mean: Float[Tensor
 
     The strength of neuron i is ``|a_i - mean_i| * ||W_out[i]||``.
     """
+    check_layers(model, [layer])
     length = model.W_out[layer].norm(dim=1)
+    k = whole("k", k, len(length) + 1, "the layer")
 
     def edit(a: Float[Tensor, "row pos d_mlp"], hook) -> Tensor:
         strength = (a - mean).abs() * length

@@ -12,9 +12,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.evaluation.sums import Sums, bootstrap_weights
-from tclib.intervene import Hook, run
+from tclib.inputs import check_tokens, words
+from tclib.intervene import Hook, edited
 
 
+@torch.no_grad()
 def faithfulness(
     model: TransformerBridge,
     tokens: Int[Tensor, "row pos"],
@@ -35,12 +37,12 @@ def faithfulness(
     Raises:
         ValueError: no text, or rows that do not fit the model.
     """
-    check_text(model, tokens)
+    tokens = check_text(model, tokens)
     sums, draw = defaultdict(Sums), torch.Generator().manual_seed(seed)
     swaps = {"original": [], **interventions}
     for rows in tokens.split(batch_size):
         rows = rows.to(model.cfg.device)
-        compare(model, rows, run(model, rows, []), swaps, bootstrap_weights(len(rows), replicates, draw), sums)
+        compare(model, rows, model(rows), swaps, bootstrap_weights(len(rows), replicates, draw), sums)
     tables = []
     for name in swaps:
         columns = {metric: sums[name].mean(metric) for metric in ("ce", "kl", "top1")}
@@ -56,27 +58,22 @@ def cross_entropy(
     return float(faithfulness(model, tokens, {"hooks": hooks}, batch_size)["ce"].iloc[1])
 
 
-def check_text(model: TransformerBridge, tokens: Tensor) -> None:
-    """Raise one sentence for text that no number can be measured on."""
-    if tokens.numel() == 0:
-        raise ValueError("there is no text: give at least one row of tokens")
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
-        raise ValueError(
-            f"text of shape {list(tokens.shape)} predicts nothing: give rows [row, pos] of 2 tokens or more"
-        )
-    if tokens.shape[1] > model.cfg.n_ctx:
-        raise ValueError(f"rows of {tokens.shape[1]} tokens do not fit: this model reads at most {model.cfg.n_ctx}")
-    if not (tokens[:, 1:] != model.tokenizer.bos_token_id).any():
+def check_text(model: TransformerBridge, tokens: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
+    """The text as int64; raises one sentence for one that no number can be measured on."""
+    tokens = check_tokens(model, tokens, least=2)
+    if not words(model, tokens[:, 1:]).any():
         raise ValueError("the text holds nothing but BOS: give rows with words")
+    return tokens
 
 
 def compare(model: TransformerBridge, rows: Tensor, logits: Tensor, swaps: Mapping, weights: Tensor, sums) -> None:
     """Add CE, KL and top-1 agreement of one batch under each intervention."""
     targets, log_p = rows[:, 1:, None], logits[:, :-1].log_softmax(-1)
-    keep, best = targets[..., 0] != model.tokenizer.bos_token_id, log_p.argmax(-1)
+    keep, best = words(model, targets[..., 0]), log_p.argmax(-1)
     p = log_p.exp()
     for name, hooks in swaps.items():
-        log_q = run(model, rows, hooks)[:, :-1].log_softmax(-1) if hooks else log_p
+        with edited(model, hooks):
+            log_q = model(rows)[:, :-1].log_softmax(-1) if hooks else log_p
         sums[name].add(
             weights,
             keep,

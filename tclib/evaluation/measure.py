@@ -28,10 +28,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import MLPActivations, check_layers, hook_in, hook_out, mlp_activations
+from tclib.activations import MLPActivations, forward, hook_in, hook_out, our_name
 from tclib.evaluation.faithfulness import check_text, compare, numbered
 from tclib.evaluation.sums import Sums, bootstrap_weights
+from tclib.inputs import check_layers, words
 from tclib.intervene import Hook, ablate_mlp, reencode_input, replace_mlp
+from tclib.tracing import check_belongs, check_dtype
 from tclib.transcoder import Transcoder
 
 Groups = Mapping[int | str, Sequence[int]]
@@ -72,10 +74,10 @@ def measure(
         ValueError: no text, no transcoder for a layer of a group, a layer that the model does not have, weights that
             are not finite or on another device than the model.
     """
-    check(model, transcoders, tokens)
+    tokens = check(model, transcoders, tokens)
     groups = cumulative(transcoders) if groups is None else groups
     _check_groups(transcoders, groups)
-    bos_id, layers = model.tokenizer.bos_token_id, list(transcoders)
+    layers = list(transcoders)
     fits = {layer: _Fit(transcoder) for layer, transcoder in transcoders.items()}
     swaps = _swaps(transcoders, groups, _mean_outputs(model, layers, tokens[:MEAN_ROWS], batch_size) if groups else {})
     faith = defaultdict(Sums)
@@ -86,7 +88,7 @@ def measure(
         rows = rows.to(model.cfg.device)
         weights = bootstrap_weights(len(rows), replicates, draw)
         logits, cache = model.run_with_cache(rows, names_filter=lambda n: n in names, stop_at_layer=stop)
-        keep = torch.ones_like(rows, dtype=torch.bool) if bos else rows != bos_id
+        keep = torch.ones_like(rows, dtype=torch.bool) if bos else words(model, rows)
         for layer, fit in fits.items():
             fit.add(weights, keep, MLPActivations(cache[hook_in(layer)], cache[hook_out(layer)]))
         if groups:
@@ -145,17 +147,21 @@ def cumulative(layers: Mapping[int, Transcoder] | Sequence[int]) -> dict[int | s
 
 def in_place(layer: int, dictionary: Transcoder) -> list[Hook]:
     """Hooks that put a transcoder, or an SAE of either side, where it belongs (paper, section 3.2)."""
-    reads, writes = dictionary.config.hook_in, dictionary.config.hook_out
+    reads, writes = (our_name(hook) for hook in (dictionary.config.hook_in, dictionary.config.hook_out))
     is_sae_of_input = reads == writes == hook_in(layer)
     return reencode_input(layer, dictionary) if is_sae_of_input else replace_mlp(layer, dictionary)
 
 
-def check(model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens: Int[Tensor, "row pos"]) -> None:
-    """Raise one sentence for anything that would make the numbers meaningless."""
-    check_text(model, tokens)
+def check(
+    model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens: Int[Tensor, "row pos"]
+) -> Int[Tensor, "row pos"]:
+    """The text as int64; raises one sentence for anything that would make the numbers meaningless."""
+    tokens = check_text(model, tokens)
     check_layers(model, list(transcoders))
     device = torch.device(model.cfg.device).type
     for layer, transcoder in transcoders.items():
+        check_belongs(model, layer, transcoder, saes=True)
+        check_dtype(model, layer, transcoder)
         where = transcoder.W_enc.device.type
         if where != device:
             raise ValueError(f"the transcoder of layer {layer} is on {where}, but the model is on {device}: move one")
@@ -163,6 +169,7 @@ def check(model: TransformerBridge, transcoders: Mapping[int, Transcoder], token
             # The sum is formed thirty times as quickly; that of finite weights may overflow.
             if not weight.sum().isfinite() and not weight.isfinite().all():
                 raise ValueError(f"{name} of the transcoder of layer {layer} holds NaN or infinity: train it again")
+    return tokens
 
 
 def _check_groups(transcoders: Mapping[int, Transcoder], groups: Groups) -> None:
@@ -181,7 +188,8 @@ class _Fit:
     def add(self, weights: Tensor, keep: Bool[Tensor, "row pos"], acts: MLPActivations) -> None:
         c = self.transcoder.config
         # An SAE reconstructs what it reads: its hooks are equal.
-        x, y = (acts.y if hook.endswith("hook_mlp_out") else acts.x for hook in (c.hook_in, c.hook_out))
+        sides = (our_name(hook).endswith("hook_mlp_out") for hook in (c.hook_in, c.hook_out))
+        x, y = (acts.y if after else acts.x for after in sides)
         z = self.transcoder.encode(x)
         imitation = self.transcoder.decode(z, x)
         self.fired += (z[keep] > 0).sum(0).cpu()
@@ -245,7 +253,7 @@ def _group_table(sums: Mapping, name: int | str) -> pd.DataFrame:
 
 def _mean_outputs(model: TransformerBridge, layers: list[int], tokens: Tensor, batch_size: int) -> dict[int, Tensor]:
     total, count = {layer: 0.0 for layer in layers}, 0
-    for acts in mlp_activations(model, tokens, layers, batch_size):
+    for acts in forward(model, tokens, layers, batch_size):
         count += acts[layers[0]].y[..., 0].numel()
         for layer in layers:
             total[layer] = total[layer] + acts[layer].y.sum((0, 1))

@@ -13,6 +13,7 @@ from tclib.connections import logit_lens
 from tclib.explorers.base import TEXT, Explorer, bars, paper, replace_options, shown
 from tclib.index.search import by_similarity
 from tclib.index.summary import Summary
+from tclib.inputs import bos_id, feature_of, whole
 from tclib.model import token_strings
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
@@ -76,12 +77,14 @@ def similar(
 ) -> pd.DataFrame:
     """Features that write in the most similar direction, with their ``cosine``."""
     table = of_layer(summary, layer)
+    feature = feature_of(transcoders, layer, feature)
     near = by_similarity(transcoders[layer], feature, k).set_index("feature")["cosine"]
     return table.loc[near.index].assign(cosine=near)
 
 
 def examples(model: TransformerBridge, summary: Summary, layer: int, feature: int) -> pd.DataFrame:
     """The examples of a feature in their context: ``band`` (0: strongest), ``activation``, ``tokens``, ``centre``."""
+    feature = whole("feature", feature, len(of_layer(summary, layer)), f"layer {layer}")
     chosen = summary.examples.query("layer == @layer and feature == @feature")
     rows = []
     for e in chosen.itertuples():
@@ -101,8 +104,7 @@ def card(traced: Trace, summary: Summary, layer: int, feature: int) -> str:
         ValueError: no such feature.
     """
     table = of_layer(summary, layer)
-    if feature not in table.index:
-        raise ValueError(f"feature {feature} is outside layer {layer}, which has {len(table)} features")
+    feature = whole("feature", feature, len(table), f"layer {layer}")
     row, lens = table.loc[feature], logit_lens(traced, layer, feature)
     ends = pd.concat([lens.head(TOP), lens.tail(TOP)])
     promoted = bars([(shown(t), v) for t, v in ends.items()], "tokens it promotes and suppresses", "logit lens")
@@ -153,7 +155,7 @@ class Browser(Explorer):
 
     def __init__(self, model: TransformerBridge, transcoders: dict[int, Transcoder], summary: Summary):
         self.model, self.transcoders, self.summary = model, transcoders, summary
-        self.traced = trace(model, transcoders, torch.tensor([model.tokenizer.bos_token_id]))
+        self.traced = trace(model, transcoders, torch.tensor([bos_id(model) or 0]))
         short = w.Layout(width="200px")
         layers = sorted(transcoders)
         self.layer = w.Dropdown(options=layers, value=layers[-1], description="layer", layout=short)

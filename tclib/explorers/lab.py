@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.explorers.base import Explorer, picture, replace_options
+from tclib.inputs import check_layers
 from tclib.tasks import greater_than as gt
 from tclib.tasks.sweeps import keep_units, rank_units
 from tclib.transcoder import Transcoder
@@ -38,6 +39,7 @@ def answers(
 
 def whole_model(model: TransformerBridge, prompts: gt.Prompts, layer: int) -> Float[Tensor, "prompt 100"]:
     """The untouched model's answers: all neurons of one MLP live, faster than running every prompt from its start."""
+    check_layers(model, [layer])
     neurons = torch.arange(model.blocks[layer].mlp.W_out.shape[0], device=model.cfg.device)
     return keep_units(model, prompts, layer, [len(neurons)], neurons)[0]
 

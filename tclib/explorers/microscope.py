@@ -36,6 +36,7 @@ def writes(trace: Trace, layer: int, feature: int, position: int = -1) -> pd.Ser
     """What an active feature adds to the next token's logits on the direct path: activation / scale times its logit
     lens, in logits above the mean. By token string, largest first."""
     position = trace.position(position)
+    feature, position = trace.feature(layer, feature), trace.position(position)
     weight = trace.features[layer][position, feature] / trace.scale("final", 0)[position]
     return (logit_lens(trace, layer, feature) * weight.item()).rename("logit")
 
@@ -68,7 +69,7 @@ def grid_html(table: pd.DataFrame, layer: int, position: int) -> str:
 
 def feature_html(trace: Trace, layer: int, feature: int, position: int) -> str:
     """Where in the prompt a feature is active, and which next tokens it pushes up and down from here."""
-    z = trace.features[layer][:, feature].tolist()
+    z = trace.features[layer][:, trace.feature(layer, feature)].tolist()
     scores = writes(trace, layer, feature, position)
     ends = pd.concat([scores.head(TOP), scores.tail(TOP)])
     rows = [(shown(token), value) for token, value in ends.items()]

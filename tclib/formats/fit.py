@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import mlp_activations
+from tclib.inputs import check_tokens, words
 from tclib.model import layer_norms
 from tclib.text import load_text
 from tclib.tracing import check_belongs
@@ -34,16 +35,18 @@ def check_fit(
         tokens: chronicle text by default, which any English tokenizer can write.
 
     Raises:
-        ValueError: a transcoder that reads or writes other hooks or widths than this model's MLPs.
+        ValueError: a transcoder that reads or writes other hooks or widths than this model's MLPs; tokens that do not
+            fit (see `tclib.inputs.check_tokens`).
     """
     for layer, transcoder in transcoders.items():
         check_belongs(model, layer, transcoder)
     if tokens is None:
         tokens = load_text(model, "chronicle", -(-TOKENS // model.cfg.n_ctx))[:, :TOKENS]
+    tokens = check_tokens(model, tokens)
     all_layers = list(range(model.cfg.n_layers))
     kept = {layer: ([], []) for layer in all_layers}
-    words = tokens.to(model.cfg.device) != model.tokenizer.bos_token_id
-    for rows, batch in zip(words.split(8), mlp_activations(model, tokens, all_layers, batch_size=8), strict=True):
+    kept_words = words(model, tokens.to(model.cfg.device))
+    for rows, batch in zip(kept_words.split(8), mlp_activations(model, tokens, all_layers, batch_size=8), strict=True):
         for layer, seen in batch.items():
             kept[layer][0].append(seen.x[rows])
             kept[layer][1].append(seen.y[rows])

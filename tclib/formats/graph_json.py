@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from tclib import __version__
 from tclib.graph import Graph
+from tclib.inputs import counted
 from tclib.pruning import MOST_EDGES, influence
 from tclib.tracing import Trace
 
@@ -78,7 +80,12 @@ class _File(_Strict):
 
 
 def neuronpedia_url(layer: int, feature: int, scan: str = "gpt2-small", source: str = "tres-dc") -> str:
-    """The page of a feature; by default, of the paper's published GPT-2 transcoders."""
+    """The page of a feature; by default, of the paper's published GPT-2 transcoders.
+
+    Raises:
+        ValueError: a layer or feature that is no whole number from 0 on.
+    """
+    layer, feature = counted("layer", layer), counted("feature", feature)
     return f"{PAGES}/{scan}/{layer}-{source}/{feature}"
 
 
@@ -163,7 +170,9 @@ def _nodes(trace: Trace, graph: Graph) -> tuple[list[_Node], dict[int, str]]:
             token = int(trace.tokens[at])
             new = _Node(node_id=f"E_{token}_{at}", feature=at, layer="E", jsNodeId=f"E_{token}-{at}", **common)
         else:
-            layer, token = trace.model.cfg.n_layers + 1, _token_of(trace, node.name, at, len(ids))
+            layer, token = trace.model.cfg.n_layers + 1, node.logit
+            if pd.isna(token) or f"{layer}_{token}_{at}" in made:  # numbers behind the vocabulary, as in circuit-tracer
+                token = trace.model.cfg.d_vocab + len(ids)
             common["influence"] = None
             new = _Node(
                 node_id=f"{layer}_{token}_{at}", feature=token, layer=str(layer), jsNodeId=f"L_{token}-{at}",
@@ -174,14 +183,6 @@ def _nodes(trace: Trace, graph: Graph) -> tuple[list[_Node], dict[int, str]]:
         made.setdefault(new.node_id, new)
         ids[row] = new.node_id
     return list(made.values()), ids
-
-
-def _token_of(trace: Trace, name: str, position: int, number: int) -> int:
-    """The token whose logit a target is; others get numbers behind the vocabulary, as in circuit-tracer."""
-    for token in trace.logits[position].topk(min(50, trace.model.cfg.d_vocab)).indices.tolist():
-        if name == f"logit {trace.model.tokenizer.decode([token])!r} - mean logit":
-            return token
-    return trace.model.cfg.d_vocab + number
 
 
 def _cumulative(graph: Graph) -> list[float]:

@@ -32,6 +32,7 @@ from tclib.index.store import (
     finish,
     new_folder,
 )
+from tclib.inputs import bos_id, words
 from tclib.intervene import edited
 from tclib.training.files import text_hash
 from tclib.transcoder import Transcoder
@@ -60,7 +61,7 @@ def build_index(
         ValueError: no text, transcoders that do not fit, a shard without rows, a full disk, or a folder begun with
             other weights or another text (both are named).
     """
-    check_input(model, transcoders, tokens)
+    tokens = check_input(model, transcoders, tokens)
     folder = Path(folder)
     start, stop = _shard_rows(len(tokens), shard)
     about = _about(model, transcoders, tokens, start, stop)
@@ -183,7 +184,7 @@ def active_pairs(
     scales = {layer: f"blocks.{layer}.ln2.hook_scale" for layer in finders}
     reads = {layer: finder.transcoder.config.hook_in for layer, finder in finders.items()}
     cache = _run(model, rows, {*reads.values(), *scales.values()}, max(finders) + 1)
-    keep = (rows != model.tokenizer.bos_token_id).flatten()
+    keep = words(model, rows).flatten()
     places = keep.nonzero().squeeze(1).cpu().numpy() + first_row * rows.shape[1]
     found = {}
     for layer, finder in finders.items():
@@ -220,16 +221,18 @@ def _run(model: TransformerBridge, rows: Tensor, names: set[str], stop: int) -> 
 
 def check_input(
     model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens: Int[Tensor, "row pos"]
-) -> None:
-    """
+) -> Int[Tensor, "row pos"]:
+    """The text as int64.
+
     Raises:
         ValueError: no text, more than positions can count, or transcoders that do not fit the model.
     """
     if not transcoders:
         raise ValueError("there is no transcoder to index: give at least one layer")
-    check(model, transcoders, tokens)
+    tokens = check(model, transcoders, tokens)
     if tokens.numel() >= 2**31:
         raise ValueError(f"{tokens.numel()} tokens are more than positions of 32 bits can count: index pieces of it")
+    return tokens
 
 
 def _shard_rows(n_rows: int, shard: tuple[int, int]) -> tuple[int, int]:
@@ -255,7 +258,7 @@ def _about(model, transcoders, tokens: Tensor, start: int, stop: int) -> dict:
         "text": text_hash(tokens),
         "rows": [start, stop],
         "width": tokens.shape[1],
-        "bos": model.tokenizer.bos_token_id,
+        "bos": bos_id(model),
         "batch_rows": BATCH_ROWS,
         "layers": layers,
     }

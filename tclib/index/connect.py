@@ -17,6 +17,7 @@ import torch
 
 from tclib.index.search import sums
 from tclib.index.store import Index, NeverFired
+from tclib.inputs import feature_of
 from tclib.transcoder import Transcoder
 
 COLUMNS = ["layer", "feature", "input_invariant", "input_x_gradient", "target_weighted"]
@@ -30,6 +31,7 @@ def incoming(index: Index, transcoders: Mapping[int, Transcoder], layer: int, fe
         ``layer``, ``feature``, ``input_invariant``, ``input_x_gradient``, ``target_weighted``; the last two are NaN if
         the feature never fired.
     """
+    feature = _feature(index, transcoders, layer, feature)
     f_enc = transcoders[layer].W_enc[:, feature]
     f_enc = (f_enc - f_enc.mean()).cpu()
     tables = [_empty()]
@@ -53,6 +55,7 @@ def incoming(index: Index, transcoders: Mapping[int, Transcoder], layer: int, fe
 @torch.no_grad()
 def outgoing(index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int) -> pd.DataFrame:
     """Every feature of every later layer as a reader of one feature, on the direct path; columns as `incoming`."""
+    feature = _feature(index, transcoders, layer, feature)
     f_dec = transcoders[layer].W_dec[feature]
     f_dec = (f_dec - f_dec.mean()).cpu()
     tables = [_empty()]
@@ -76,6 +79,10 @@ def outgoing(index: Index, transcoders: Mapping[int, Transcoder], layer: int, fe
 def strongest(table: pd.DataFrame, by: str, k: int = 8) -> pd.DataFrame:
     """The k connections of largest magnitude."""
     return table.dropna(subset=[by]).sort_values(by, key=abs, ascending=False, kind="stable", ignore_index=True).head(k)
+
+
+def _feature(index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int) -> int:
+    return feature_of(transcoders, layer, index.feature(layer, feature))
 
 
 def _at(index: Index, positions: np.ndarray, values) -> np.ndarray:

@@ -40,7 +40,7 @@ def plan(model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens
     Raises:
         ValueError: no text, or transcoders that do not fit the model.
     """
-    check_input(model, transcoders, tokens)
+    tokens = check_input(model, transcoders, tokens)
     spread = torch.linspace(0, len(tokens) - 1, min(BATCH_ROWS, len(tokens))).long().unique()
     finders = {layer: Finder(t) for layer, t in transcoders.items()}
     found = active_pairs(model, finders, tokens[spread], 0)

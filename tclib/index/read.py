@@ -17,13 +17,12 @@ from torch import Tensor
 
 from tclib.index.often import commonest
 from tclib.index.store import Index
+from tclib.inputs import whole
 
 
 def count(index: Index, layer: int, feature: int) -> int:
     """On how many tokens the feature fired."""
-    offsets = index.layer_offsets(layer)
-    if not 0 <= feature < len(offsets) - 1:
-        raise ValueError(f"feature {feature} is outside layer {layer}, which has {len(offsets) - 1} features")
+    offsets, feature = index.layer_offsets(layer), index.feature(layer, feature)
     return int(offsets[feature + 1] - offsets[feature])
 
 
@@ -118,8 +117,8 @@ def context(
     Raises:
         ValueError: no such row or position.
     """
-    if not (0 <= row < len(index.tokens) and 0 <= position < index.width):
-        raise ValueError(f"row {row}, position {position}: the index has {len(index.tokens)} rows of {index.width}")
+    row = whole("row", row, len(index.tokens), "the index")
+    position = whole("position", position, index.width, "the rows of the index")
     start, stop = max(0, position - before), min(index.width, position + after + 1)
     positions, values = index.entries(layer, feature)
     low, high = np.searchsorted(positions, [row * index.width + start, row * index.width + stop])

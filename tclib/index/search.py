@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from tclib.index.store import Index, blocks
+from tclib.inputs import whole
 from tclib.transcoder import Transcoder
 
 
@@ -123,8 +124,7 @@ def by_similarity(transcoder: Transcoder, feature: int, k: int = 20, side: str =
     """
     if side not in ("decoder", "encoder"):
         raise ValueError(f"side = {side!r}: choose 'decoder' or 'encoder'")
-    if not 0 <= feature < transcoder.config.d_features:
-        raise ValueError(f"feature {feature} is outside the transcoder, which has {transcoder.config.d_features}")
+    feature = whole("feature", feature, transcoder.config.d_features, "the transcoder")
     rows = transcoder.W_dec if side == "decoder" else transcoder.W_enc.T
     cosine = torch.cosine_similarity(rows, rows[feature][None], dim=1)
     cosine[feature] = -2

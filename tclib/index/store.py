@@ -30,6 +30,8 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.index.often import ROW, write_often
+from tclib.inputs import whole
+from tclib.paths import read_text
 from tclib.transcoder import Transcoder
 
 FORMAT = 2
@@ -56,7 +58,7 @@ class Index:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         try:
-            self.about = json.loads((self.folder / "index.json").read_text())
+            self.about = json.loads(read_text(self.folder / "index.json"))
             if self.about["format"] != FORMAT:
                 raise _AnotherFormat
             self.layers = [int(layer) for layer in self.about["layers"]]
@@ -122,13 +124,17 @@ class Index:
     def n_features(self, layer: int) -> int:
         return len(self.layer_offsets(layer)) - 1
 
+    def feature(self, layer: int, feature: int) -> int:
+        """The feature, if this layer has it; raises otherwise."""
+        return whole("feature", feature, self.n_features(layer), f"layer {layer}")
+
     def layer_offsets(self, layer: int) -> Int[np.ndarray, " feature+1"]:
         """Where the entries of each feature begin.
 
         Raises:
             ValueError: a layer that is not in the index.
         """
-        if layer not in self.offsets:
+        if isinstance(layer, bool) or layer not in self.offsets:
             raise ValueError(f"layer {layer} is not in this index, which has layers {self.layers}")
         return self.offsets[layer]
 
@@ -144,9 +150,7 @@ class Index:
             ValueError: no such layer or feature.
             NeverFired: the feature has no entry.
         """
-        offsets = self.layer_offsets(layer)
-        if not 0 <= feature < len(offsets) - 1:
-            raise ValueError(f"feature {feature} is outside layer {layer}, which has {len(offsets) - 1} features")
+        offsets, feature = self.layer_offsets(layer), self.feature(layer, feature)
         start, stop = offsets[feature], offsets[feature + 1]
         if start == stop:
             raise NeverFired(
@@ -160,10 +164,9 @@ class Index:
         """The commonest tokens of a feature that fires often, as `tclib.index.often.ROW`; of others no row.
 
         Raises:
-            ValueError: a layer that is not in the index.
+            ValueError: no such layer or feature.
         """
-        self.layer_offsets(layer)
-        table = self._often[layer]
+        feature, table = self.feature(layer, feature), self._often[layer]
         return table[slice(*np.searchsorted(table["feature"], [feature, feature + 1]))]
 
     def _from_first(self, positions: np.ndarray) -> np.ndarray:
@@ -282,4 +285,4 @@ def finish(folder: Path, about: dict) -> None:
     """The tables that follow from the other files, and last index.json, which makes it an index."""
     for layer in about["layers"]:
         write_often(folder, layer, about["rows"][0] * about["width"])
-    (folder / "index.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    (folder / "index.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")

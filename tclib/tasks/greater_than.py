@@ -20,8 +20,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
-from tclib.activations import check_layers, hook_out
+from tclib.activations import hook_out
 from tclib.chronicle import BACKWARD, SPANS
+from tclib.inputs import check_layers, check_tokens
 from tclib.intervene import EVERYWHERE, Hook, ablate_mlp
 
 TEMPLATE = "The NOUN lasted from the year XXYY to the year XX"
@@ -188,11 +189,18 @@ def run(
     Args:
         hooks: interventions, the same for all prompts, or a function from a slice of prompts to theirs.
     """
+    check_prompts(model, prompts)
     logits = []
     for tokens, rows in prompts.batches():
         with model.hooks(fwd_hooks=list(hooks(rows) if callable(hooks) else hooks)):
             logits.append(model(tokens.to(model.cfg.device))[:, -1])
     return year_probabilities(torch.cat(logits), year_tokens(model.tokenizer))
+
+
+def check_prompts(model: TransformerBridge, prompts: Prompts) -> None:
+    """Refuse prompts that this model cannot read as it was trained, such as those of another tokenizer."""
+    for group in prompts.groups:
+        check_tokens(model, group, "the group of prompts")
 
 
 def year_probabilities(
@@ -265,6 +273,7 @@ def at_last_token(
 ) -> list[Float[Tensor, "prompt unit"]]:
     """Activations at the last token of each prompt, one tensor for each of ``names``, hooks of one layer."""
     check_layers(model, [layer])
+    check_prompts(model, prompts)
     parts = []
     for tokens, _ in prompts.batches():
         tokens = tokens.to(model.cfg.device)

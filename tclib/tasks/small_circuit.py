@@ -22,6 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib.activations import hook_in, hook_out
 from tclib.intervene import Hook
 from tclib.tasks import greater_than as gt
+from tclib.tracing import check_belongs, check_dtype
 from tclib.transcoder import Transcoder
 
 Node = tuple[str, int, int]  # ("head" | "feature" | "error", layer, index); an error has index 0
@@ -35,6 +36,10 @@ class Gated:
 
     @torch.no_grad()
     def __init__(self, model: TransformerBridge, transcoders: dict[int, Transcoder], prompts: gt.Prompts):
+        gt.check_prompts(model, prompts)
+        for layer, transcoder in transcoders.items():
+            check_belongs(model, layer, transcoder)
+            check_dtype(model, layer, transcoder)
         self.model, self.transcoders, self.prompts = model, transcoders, prompts
         layers = range(model.cfg.n_layers)
         names = [f for n in layers for f in (f"blocks.{n}.attn.hook_z", hook_in(n), hook_out(n))]

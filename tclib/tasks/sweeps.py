@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import check_layers
+from tclib.inputs import check_layers
+from tclib.inputs import whole as whole_number
 from tclib.tasks import greater_than as gt
 from tclib.tasks.intervals import bootstrap
 from tclib.tasks.shared_prefix import SharedPrefix
@@ -59,6 +60,7 @@ def units_at_last_token(
 ) -> Float[Tensor, "prompt unit"]:
     """Activations of the features, or of the neurons where no transcoder is given."""
     check_layers(model, [layer])
+    gt.check_prompts(model, prompts)
     runs = (SharedPrefix(model, tokens, layer) for tokens, _ in alike(prompts))
     return torch.cat([_units(run, run.rest[:, -1], transcoder) for run in runs])
 
@@ -84,6 +86,7 @@ def keep_units(
         ValueError: a k beyond the number of units, a model other than GPT-2's kind, or another ``rest``.
     """
     check_layers(model, [layer])
+    gt.check_prompts(model, prompts)
     if rest not in ("mean", "zero"):
         raise ValueError(f"rest is 'mean' or 'zero', not {rest!r}")
     if not ks or min(ks) < 0 or max(ks) > len(ranked):
@@ -189,11 +192,14 @@ def without_each(
 
     A value above the all-unit limit means that the unit hurts. ``rest`` as in `keep_units`, for the one taken out.
     """
+    check_layers(model, [layer])
+    gt.check_prompts(model, prompts)
     ids = gt.year_tokens(model.tokenizer).to(model.cfg.device)
     W_U, b_U = model.W_U[:, ids], model.b_U[ids]
     answers = []
     for tokens, _ in alike(prompts):
         kept = _Kept(model, tokens, layer, transcoder, rest)
+        units = [whole_number("unit", unit, kept.units.shape[1], f"layer {layer}") for unit in units]
         whole = kept.resid + kept.units @ kept.writes
         of_batch = []
         for unit in units:

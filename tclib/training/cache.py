@@ -12,8 +12,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import check_layers
-from tclib.training.files import text_hash, write_whole
+from tclib.inputs import check_layers, check_tokens
+from tclib.paths import read_text, write_whole
+from tclib.training.files import text_hash
 from tclib.training.stream import FORWARD_ROWS, Acts, ModelSource
 
 
@@ -27,7 +28,7 @@ class ActivationCache:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         try:
-            about = json.loads((self.folder / "cache.json").read_text())
+            about = json.loads(read_text(self.folder / "cache.json"))
         except FileNotFoundError:
             raise ValueError(f"no complete activation cache in {self.folder}: make it with cache_activations") from None
         self.layers, self.text = about["layers"], about["text"]
@@ -57,6 +58,7 @@ def cache_activations(
         ValueError: a layer that the model does not have, or a folder with the cache of another text.
     """
     check_layers(model, layers)
+    tokens = check_tokens(model, tokens)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = text_hash(tokens)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import check_layers
+from tclib.inputs import check_layers, check_tokens
 from tclib.training import distributed
 from tclib.training.cache import ActivationCache
 from tclib.training.config import STREAM, TrainConfig
@@ -93,8 +93,8 @@ def train_side_by_side(
     Raises:
         ValueError: as `train`; or configurations that differ in steps, rows, buffer, passes or seed.
     """
-    _check(model, tokens, layers)
-    settings = {(n, i): c if isinstance(c, TrainConfig) else c[i] for n, c in configs.items() for i in layers}
+    tokens = _check(model, tokens, layers)
+    settings = {(n, i): _of_layer(c, i) for n, c in configs.items() for i in layers}
     config = _shared(settings.values())
     stream = Stream(tokens if isinstance(tokens, ActivationCache) else ModelSource(model, tokens, layers), config)
     sample = stream.sample()
@@ -159,15 +159,21 @@ def _shared(settings: Collection[TrainConfig]) -> TrainConfig:
     return next(iter(settings))
 
 
-def _check(model: TransformerBridge, tokens: Text, layers: Sequence[int]) -> None:
+def _of_layer(config: Settings, layer: int) -> TrainConfig:
+    if isinstance(config, TrainConfig):
+        return config
+    if layer not in config:
+        raise ValueError(f"layer {layer} has no configuration: there are some for layers {sorted(config)}")
+    return config[layer]
+
+
+def _check(model: TransformerBridge, tokens: Text, layers: Sequence[int]) -> Text:
     check_layers(model, layers)
     if isinstance(tokens, ActivationCache):
         if not set(layers) <= set(tokens.layers):
             raise ValueError(f"the cache holds layers {tokens.layers}, not all of {list(layers)}")
-    elif tokens.dim() != 2 or tokens.shape[1] > model.cfg.n_ctx:
-        raise ValueError(f"the text must be rows of at most {model.cfg.n_ctx} tokens, not {tuple(tokens.shape)}")
-    elif tokens.numel() and int(tokens.max()) >= model.cfg.d_vocab:
-        raise ValueError(f"the text has token {int(tokens.max())}, but the model knows {model.cfg.d_vocab}")
+        return tokens
+    return check_tokens(model, tokens)
 
 
 def _check_finite(acts: Acts, when: str) -> None:

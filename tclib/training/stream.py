@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import mlp_activations
+from tclib.activations import forward
 from tclib.training import distributed
 from tclib.training.config import TrainConfig
 
@@ -37,7 +37,7 @@ class ModelSource:
         self.n_rows, self.row_length = tokens.shape
 
     def read(self, rows: Int[np.ndarray, " row"]) -> Acts:
-        parts = list(mlp_activations(self.model, self.tokens[torch.from_numpy(rows)], self.layers, FORWARD_ROWS))
+        parts = list(forward(self.model, self.tokens[torch.from_numpy(rows)], self.layers, FORWARD_ROWS))
         return {
             layer: tuple(torch.cat([getattr(p[layer], name).flatten(0, 1) for p in parts]) for name in ("x", "y"))
             for layer in self.layers
