@@ -180,7 +180,7 @@ def run(python: str, *arguments: str) -> dict:
     """One side in a process of its own; its last line is its result."""
     environment = {**os.environ, **ONE_THREAD}
     # The file goes in by path, not its folder's neighbours: the other environment has no tclib.
-    done = subprocess.run([python, __file__, *arguments], env=environment, capture_output=True, text=True)
+    done = subprocess.run([python, __file__, *arguments], env=environment, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -58,7 +58,7 @@ def original(folder: Path) -> list[nn.Module]:
 
 def private_bytes() -> int:
     """This process's memory that belongs to no file (Linux)."""
-    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) * 1024
 
 
 def measured(load, folder: Path, rounds: int) -> tuple[float, float]:

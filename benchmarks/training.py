@@ -202,7 +202,8 @@ def race(batch: int, rounds: int, peer: str | None) -> dict[str, dict]:
     workers = {}
     for name, python in pythons.items():
         command = [python, __file__, "--worker", name, "--batch", str(batch)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": os.environ | ONE_THREAD}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
+        pipes["env"] = os.environ | ONE_THREAD
         workers[name] = subprocess.Popen(command, **pipes)
         answer(workers[name])  # ready, after a first step
     seen = {name: [] for name in workers}

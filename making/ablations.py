@@ -135,22 +135,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="join the parts into this file")
     options = parser.parse_args()
     if options.out:
-        parts = [json.loads(path.read_text()) for path in sorted(options.parts.glob("part_*.json"))]
-        times = json.loads((options.parts / "time.json").read_text())
+        parts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.parts.glob("part_*.json"))]
+        times = json.loads((options.parts / "time.json").read_text(encoding="utf-8"))
         result = joined(pd.DataFrame(sum(parts, []))) | {"time": times}
         if (options.parts / "laptop.json").exists():
-            result["laptop"] = json.loads((options.parts / "laptop.json").read_text())
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+            result["laptop"] = json.loads((options.parts / "laptop.json").read_text(encoding="utf-8"))
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return
     options.parts.mkdir(parents=True, exist_ok=True)
     if options.time:
-        (options.parts / "time.json").write_text(json.dumps(where_time_goes(options.work)))
+        (options.parts / "time.json").write_text(json.dumps(where_time_goes(options.work)), encoding="utf-8")
         return
     if options.laptop:
-        (options.parts / "laptop.json").write_text(json.dumps(on_a_laptop(options.work)))
+        (options.parts / "laptop.json").write_text(json.dumps(on_a_laptop(options.work)), encoding="utf-8")
         return
     rows = part(options.work, options.layer, options.seed)
-    (options.parts / f"part_{options.layer}_{options.seed}.json").write_text(json.dumps(rows))
+    (options.parts / f"part_{options.layer}_{options.seed}.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 def part(work: Path, layer: int, seed: int) -> list[dict]:

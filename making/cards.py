@@ -72,10 +72,10 @@ def sha256(path: Path) -> str:
 
 def model_card(folder: Path, work: Path, run: Path, candidates: list[Path], manifest: pd.DataFrame) -> str:
     """Recipe, data, selection, measured numbers, limits."""
-    settings = json.loads((run / "settings.json").read_text())
-    facts = json.loads((work / "text.json").read_text())
-    metrics = json.loads((folder / "metrics.json").read_text())
-    config = json.loads((folder / "config.json").read_text())
+    settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+    facts = json.loads((work / "text.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     held_out = manifest[manifest["file"].str.removesuffix(".txt").isin(facts["held_out"])]
     trained_on = manifest.drop(held_out.index)
     numbers = pd.DataFrame(
@@ -107,7 +107,7 @@ NUMBERS = ("prompts", "probability_difference", "balanced_difference", "sharpnes
 
 def history(run: Path) -> str:
     """Whether the planned length was changed on the way, which the log shows."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     plans = list(dict.fromkeys(line["steps"] for line in lines))
     if len(plans) == 1:
         return f"The run was taken through in {plans[0]} steps."
@@ -121,12 +121,12 @@ def history(run: Path) -> str:
 
 def candidate(run: Path) -> dict:
     """One row of the selection table, measured on nouns kept for choosing."""
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     if metrics["nouns_kept_apart"] != "selection":
         raise SystemExit(f"{run / 'metrics.json'} was measured on the nouns of the report: choose with the others")
     chosen = metrics["by_nouns"]["selection"]
     return {
-        "seed": json.loads((run / "settings.json").read_text())["seed"],
+        "seed": json.loads((run / "settings.json").read_text(encoding="utf-8"))["seed"],
         "probability difference, known nouns": metrics["probability_difference"],
         "the same, selection nouns": chosen["probability_difference"],
         "balanced, selection nouns": chosen["balanced_difference"],

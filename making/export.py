@@ -22,7 +22,7 @@ Logits = Callable[[Tensor], Tensor]
 
 def export(work: Path, run: Path, out: Path) -> GPT2:
     """Write the run's newest checkpoint in fp16 to `out`, check that it loads, and return it."""
-    settings = Settings(**json.loads((run / "settings.json").read_text()))
+    settings = Settings(**json.loads((run / "settings.json").read_text(encoding="utf-8")))
     model = settings.model()
     step = load_checkpoint(run, model, [])
     print(f"step {step} of {settings.steps}")
@@ -69,7 +69,7 @@ def check(model: GPT2, folder: Path) -> None:
 
 def held_out_bits(model: Logits, work: Path, context: int = CONTEXT) -> dict[str, float]:
     """Bits per character of each held-out work, and of all together."""
-    facts = json.loads((work / "text.json").read_text())["held_out"]
+    facts = json.loads((work / "text.json").read_text(encoding="utf-8"))["held_out"]
     bits = {}
     for name, fact in facts.items():
         ids = torch.from_numpy(np.load(work / f"real_heldout_{name}.npy").astype(np.int64))

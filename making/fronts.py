@@ -69,7 +69,7 @@ def main() -> None:
         for seed, layer in todo[: options.most]:
             students = train(model, cache, layer, base.model_copy(update={"seed": seed}), options.run)
             result = measure(model, students, rows, layer, seed, held_out)
-            part_file(options.run, seed, layer).write_text(json.dumps(result))
+            part_file(options.run, seed, layer).write_text(json.dumps(result), encoding="utf-8")
             print(f"seed {seed}, layer {layer} done", flush=True)
     if all(part_file(options.run, *part).exists() for part in parts):
         collect(model, options.run, options.out, base, parts, held_out_rows=options.measured_rows)
@@ -169,7 +169,7 @@ def activations(model, tokens: torch.Tensor, layer: int) -> dict[str, torch.Tens
 
 
 def collect(model, run: Path, out: Path, base: tc.TrainConfig, parts: list, held_out_rows: int) -> None:
-    done = [json.loads(part_file(run, *part).read_text()) for part in parts]
+    done = [json.loads(part_file(run, *part).read_text(encoding="utf-8")) for part in parts]
     tables = {name: [row for part in done for row in part[name]] for name in ("points", "gaps", "latents")}
     result = {
         "command": "python -m making.fronts --work WORK --run RUN --out data/fronts.json",

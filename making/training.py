@@ -138,9 +138,9 @@ def claim(run: Path, settings: Settings) -> None:
     """Note the settings in the run's folder, or refuse a folder that was begun with others."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != asdict(settings):
-        raise SystemExit(f"{run} was begun with other settings: {path.read_text()}")
-    path.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    if path.exists() and json.loads(begun := path.read_text(encoding="utf-8")) != asdict(settings):
+        raise SystemExit(f"{run} was begun with other settings: {begun}")
+    path.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -204,7 +204,7 @@ class Log:
             "seconds_left": round((self.settings.steps - done) / steps_per_second),
         }
         self.sums = {name: [0.0, 0] for name in self.sums}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.say(json.dumps(line))
 

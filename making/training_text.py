@@ -62,7 +62,7 @@ def prepare(real: Path, work: Path, chronicle_tokens: int, held_out: list[str], 
     ids = chronicle_ids(work / "tokenizer.json", chronicle_tokens)
     np.save(work / "chronicle_train.npy", ids)
     facts["chronicle_tokens"] = len(ids)
-    (work / "text.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (work / "text.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(facts, indent=2))
 
 

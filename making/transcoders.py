@@ -77,7 +77,7 @@ def make(options: argparse.Namespace, device: str) -> None:
         transcoder.save(options.out / f"layer_{layer}")
     # Measured as they will be read: from the fp16 files.
     report = measure(model, tc.load_transcoders(options.out), options.work)
-    (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
 
 

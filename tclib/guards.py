@@ -20,6 +20,8 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
+from tclib.paths import decoded
+
 LONGEST_TEXT = 1_000_000  # bytes of a configuration, or of the pickled part of a .pt file: real ones have thousands
 MOST_INFLATED = 20  # times its compressed size: weights are noise and shrink by a third at most
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -54,9 +56,9 @@ def read_text(path: Path) -> str:
     if len(raw) > LONGEST_TEXT:
         raise BadFile(f"{path} is longer than {LONGEST_TEXT} bytes: that is no configuration")
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise BadFile(f"{path} is damaged: it is not text") from None
+        return decoded(raw, path)
+    except ValueError as error:
+        raise BadFile(str(error)) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ def available_memory(device: torch.device | str = "cpu") -> int:
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     try:
-        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        parts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+        parts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
         return min(free, limit - used + int(parts.get("inactive_file", 0)))  # cached files give way
     except (OSError, ValueError):  # no container, or no limit
         return free

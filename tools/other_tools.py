@@ -40,7 +40,7 @@ from pathlib import Path
 from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
 root, x = Path(sys.argv[1]), torch.from_numpy(np.load(f"{sys.argv[1]}/x.npy"))
 for place in sorted(root.glob("ours_*")):
-    config = yaml.safe_load((place / "config.yaml").read_text())
+    config = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
     files = {i: str(place / f"layer_{i}.safetensors") for i in range(len(list(place.glob("layer_*"))))}
     hooks = config["feature_input_hook"], config["feature_output_hook"]
     layers = load_transcoder_set(files, config["scan"], *hooks, device=torch.device("cpu"), dtype=torch.float32)
@@ -51,10 +51,10 @@ for place in sorted(root.glob("ours_*")):
         lazy_decoder=False,
     )
     layers.to_safetensors(str(theirs))
-    (theirs / "config.yaml").write_text((place / "config.yaml").read_text())
+    (theirs / "config.yaml").write_bytes((place / "config.yaml").read_bytes())
 if (root / "graph.json").exists():
     from circuit_tracer.frontend.graph_models import Model
-    graph = Model.model_validate_json((root / "graph.json").read_text())
+    graph = Model.model_validate_json((root / "graph.json").read_text(encoding="utf-8"))
     ids = {node.node_id for node in graph.nodes}
     assert len(ids) == len(graph.nodes) and all({link["source"], link["target"]} <= ids for link in graph.links)
     print(f"graph JSON accepted: {len(graph.nodes)} nodes, {len(graph.links)} links")
@@ -79,7 +79,7 @@ for skip in (False, True):
 
 def run(python: str, code: str, folder: Path) -> None:
     """Run code in the other environment; what it prints is shown."""
-    done = subprocess.run([python, "-c", code, str(folder)], capture_output=True, text=True)
+    done = subprocess.run([python, "-c", code, str(folder)], capture_output=True, encoding="utf-8")
     print(done.stdout, end="")
     if done.returncode:
         raise SystemExit(f"the other tool failed:\n{done.stderr[-3000:]}")

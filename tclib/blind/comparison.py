@@ -7,6 +7,7 @@ Ratings are made by people and live in a CSV file; what nobody has rated reads "
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from tclib.blind.rules import Words
-from tclib.paths import write_whole
+from tclib.paths import read_text, write_whole
 from tclib.views import highlighted
 
 RATINGS = ("interpretable", "maybe", "not")
@@ -92,9 +93,9 @@ def read_ratings(path: str | Path) -> pd.DataFrame:
     """Read a sheet.
 
     Raises:
-        ValueError: columns, ratings or items that do not belong there.
+        ValueError: columns, ratings or items that do not belong there, or another encoding than UTF-8.
     """
-    ratings = pd.read_csv(path, dtype=str, keep_default_na=False)
+    ratings = pd.read_csv(io.StringIO(read_text(Path(path))), dtype=str, keep_default_na=False)
     if list(ratings) != COLUMNS:
         raise ValueError(f"{path} has columns {', '.join(ratings)}; a rating sheet has {', '.join(COLUMNS)}")
     allowed = {"rating": (*RATINGS, NOT_RATED), "context_free": ("yes", "no", NOT_RATED)}

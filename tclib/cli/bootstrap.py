@@ -95,7 +95,7 @@ def set_up(repo):
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = venv / ".tclib-installed"
     wanted = fingerprint(repo)
-    if python.exists() and stamp.is_file() and stamp.read_text() == wanted:
+    if python.exists() and stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return python
     if stamp.exists():
         stamp.unlink()
@@ -109,7 +109,7 @@ def set_up(repo):
             )
     install(repo, python)
     # Written last, so that an interrupted installation is taken up again.
-    stamp.write_text(wanted)
+    stamp.write_text(wanted, encoding="utf-8")
     return python
 
 
@@ -119,7 +119,7 @@ def fingerprint(repo):
     for name in ("pyproject.toml", "constraints.txt"):
         digest.update((repo / name).read_bytes())
     # An editable install remembers where the repository was.
-    digest.update(str(repo).encode())
+    digest.update(os.fsencode(str(repo)))
     return digest.hexdigest()
 
 
@@ -144,19 +144,21 @@ def install(repo, python):
 
 def torch_pin(repo):
     """The line of constraints.txt that pins torch."""
-    lines = (repo / "constraints.txt").read_text().splitlines()
+    lines = (repo / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line.startswith("torch==")][0]
 
 
 def pip(repo, python, arguments):
     """Run `pip install`, showing what it says. Raises SetupError if it fails."""
     command = [str(python), "-m", "pip", "--disable-pip-version-check", "install"] + arguments
-    process = subprocess.Popen(command, cwd=str(repo), stderr=subprocess.PIPE, universal_newlines=True)
-    said = []
+    process = subprocess.Popen(
+        command, cwd=str(repo), stderr=subprocess.PIPE, encoding="utf-8", errors="backslashreplace"
+    )
+    said, encoding = [], sys.stderr.encoding or "ascii"
     with process.stderr:
         for line in process.stderr:
             said.append(line)
-            sys.stderr.write(line)
+            sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding))
     if process.wait() == 0:
         return
     if any(sign in line for line in said for sign in NO_NETWORK):

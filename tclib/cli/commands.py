@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
@@ -10,6 +11,9 @@ from tclib.cli.bootstrap import REPO, wait
 
 def main(arguments: list[str]) -> int:
     """Run one command; return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no accents still gets every line
+            stream.reconfigure(errors="backslashreplace")
     command, *rest = arguments
     if command == "run":
         from tclib.cli.run import run

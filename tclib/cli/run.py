@@ -17,6 +17,7 @@ from typing import Any
 
 from tclib.cli.bootstrap import REPO
 from tclib.notebook import assigned_names, find_headline, unknown_parameter
+from tclib.paths import read_text
 
 
 class Refused(ValueError):
@@ -52,7 +53,7 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
     try:
         for number, notebook in enumerate(notebooks, start=1):
             print(f"[{number}/{len(notebooks)}] {notebook.stem} ...", end=" ", flush=True)
-            known = declared_names(json.loads(notebook.read_text(encoding="utf-8")))
+            known = declared_names(json.loads(read_text(notebook)))
             own = {name: value for name, value in parameters.items() if name in known}
             results.append(execute(notebook, folder / notebook.name, own))
             print(f"{results[-1].seconds:.0f} s, {results[-1].headline}", flush=True)
@@ -110,7 +111,7 @@ def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
         parameters.setdefault("transcoders", model)
     where = parameters.get("transcoders", "bundled")
     try:
-        about = [json.loads(path.read_text(encoding="utf-8"))["metadata"].get("tclib", {}) for path in notebooks]
+        about = [json.loads(read_text(path))["metadata"].get("tclib", {}) for path in notebooks]
         work = max(own.get("work_tokens", WORK_TOKENS) for own in about)
         print(f"{memory_plan(model, where, work=work).round(1).to_string()}\n", flush=True)
         with warnings.catch_warnings(record=True) as caught:
@@ -148,7 +149,7 @@ def select(folder: Path, only: str | None) -> list[Path]:
 
 def check_names(notebook: Path, parameters: dict[str, Any]) -> None:
     """Raise Refused if the notebook does not declare one of the parameters."""
-    known = declared_names(json.loads(notebook.read_text(encoding="utf-8")))
+    known = declared_names(json.loads(read_text(notebook)))
     for name in parameters:
         if name not in known:
             raise Refused(f"{notebook.name}: {unknown_parameter(name, known)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from tclib.cli.bootstrap import REPO
 from tclib.cli.run import literal
+from tclib.paths import read_text
 from tclib.sweeping import NOTEBOOK, SMALL, sweep
 
 SHOWN = ["seconds", "l0", "fvu", "recovered", "reason"]
@@ -61,7 +62,7 @@ def read_grid(file: Path | None) -> list[dict[str, Any]]:
     if file is None:
         return SMALL
     try:
-        grid = json.loads(file.read_text(encoding="utf-8"))
+        grid = json.loads(read_text(file))
     except (OSError, ValueError) as error:
         raise ValueError(f'{file} cannot be read as a grid ({error}): write JSON such as {{"k": [8, 16]}}') from None
     grids = grid if isinstance(grid, list) else [grid]

@@ -41,7 +41,7 @@ def execute_copies(repo: Path, parallel: list[str], env: dict[str, str]) -> int:
     options += ["--nbmake-kernel=python3", *parallel]
     status = pytest([*options, *(str(copies / name) for name in names)], env)
     # Read by test_freshness.py: pytest's last summary then never hides a failed notebook.
-    (copies / "status.txt").write_text(str(status))
+    (copies / "status.txt").write_text(str(status), encoding="utf-8")
     return status
 
 

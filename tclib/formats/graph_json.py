@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from tclib import __version__
 from tclib.graph import Graph
 from tclib.inputs import counted
+from tclib.paths import read_text, write_whole
 from tclib.pruning import MOST_EDGES, influence
 from tclib.tracing import Trace
 
@@ -136,7 +137,7 @@ def save_graph_json(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug}.json"
-    path.write_text(content.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_whole(path, (content.model_dump_json(indent=1) + "\n").encode())
     _enter(folder / "graph-metadata.json", metadata)
     return path
 
@@ -194,6 +195,6 @@ def _cumulative(graph: Graph) -> list[float]:
 
 
 def _enter(path: Path, metadata: _Metadata) -> None:
-    listed = json.loads(path.read_text(encoding="utf-8"))["graphs"] if path.is_file() else []
+    listed = json.loads(read_text(path))["graphs"] if path.is_file() else []
     listed = [other for other in listed if other["slug"] != metadata.slug] + [metadata.model_dump()]
-    path.write_text(json.dumps({"graphs": listed}, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps({"graphs": listed}, indent=1) + "\n").encode())

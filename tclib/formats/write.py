@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tclib import __version__
 from tclib.formats.readers import SAELENS_KINDS
+from tclib.paths import write_whole
 from tclib.transcoder import Transcoder
 
 SAELENS_VERSION = "6.54.12"  # whose format is written; SAELens reads older ones differently
@@ -58,9 +59,10 @@ def _tclib(transcoders: Mapping[int, Transcoder], folder: Path, dtype: torch.dty
 def _saelens(transcoders: Mapping[int, Transcoder], folder: Path, dtype: torch.dtype) -> None:
     kinds = {(k["activation"], k.get("skip", False)): name for name, k in SAELENS_KINDS.items()}
     for layer, transcoder in transcoders.items():
-        c = transcoder.config
-        if c.activation == "topk":
+        if transcoder.config.activation == "topk":
             raise ValueError(f"layer {layer} is a TopK transcoder: SAELens has none, so it cannot be written for it")
+    for layer, transcoder in transcoders.items():
+        c = transcoder.config
         cfg = {
             "architecture": kinds["relu" if c.activation == "relu" else "jumprelu", c.skip],
             "d_in": c.d_in, "d_sae": c.d_features, "d_out": c.d_out, "dtype": str(dtype).removeprefix("torch."),
@@ -73,8 +75,8 @@ def _saelens(transcoders: Mapping[int, Transcoder], folder: Path, dtype: torch.d
         }  # fmt: skip
         place = folder / f"layer_{layer}"
         place.mkdir()
+        write_whole(place / "cfg.json", (json.dumps(cfg, indent=2) + "\n").encode())  # weights never stand alone
         _write(place / "sae_weights.safetensors", _tensors(transcoder, dtype, "W_skip"))
-        (place / "cfg.json").write_text(json.dumps(cfg, indent=2) + "\n", encoding="utf-8")
 
 
 def _circuit_tracer(transcoders: Mapping[int, Transcoder], folder: Path, dtype: torch.dtype) -> None:
@@ -101,12 +103,12 @@ def _circuit_tracer(transcoders: Mapping[int, Transcoder], folder: Path, dtype: 
         "model_name": configs[0].model_name, "model_kind": "transcoder_set", "feature_input_hook": feature_in,
         "feature_output_hook": feature_out, "scan": configs[0].model_name,
     }  # fmt: skip
+    write_whole(folder / "config.yaml", yaml.safe_dump(cfg, sort_keys=False).encode())
     for layer, transcoder in transcoders.items():
         tensors = _tensors(transcoder, dtype, "W_enc", "W_skip")
         if "threshold" in tensors:  # below 0, a threshold cuts nothing here, and would let negative numbers pass there
             tensors["activation_function.threshold"] = tensors.pop("threshold").clamp(min=0)
         _write(folder / f"layer_{layer}.safetensors", tensors)
-    (folder / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False), encoding="utf-8")
 
 
 def _tensors(transcoder: Transcoder, dtype: torch.dtype, *turned: str) -> dict[str, Tensor]:
@@ -116,4 +118,6 @@ def _tensors(transcoder: Transcoder, dtype: torch.dtype, *turned: str) -> dict[s
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    part = path.with_name(path.name + ".part")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, part)
+    part.replace(path)

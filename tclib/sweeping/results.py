@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from tclib import __version__
-from tclib.paths import data_path, write_whole
+from tclib.paths import data_path, read_text, write_whole
 from tclib.sweeping.grid import run_name
 
 MIME = "application/vnd.tclib.point+json"  # how a notebook hands its point to the sweep
@@ -168,7 +168,7 @@ def table(results: Results) -> pd.DataFrame:
 
 def _read(path: Path, kind: type[_Typed]) -> Any:
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+        return kind.model_validate_json(read_text(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -12,6 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from tclib.cli.run import one_line
+from tclib.paths import read_text
 from tclib.sweeping.cluster import connected
 from tclib.sweeping.execute import execute
 from tclib.sweeping.grid import Grid, code_hash, declared_parameters, expand
@@ -46,7 +47,7 @@ def sweep(
         ValueError: before anything runs: a parameter or value that the notebook refuses, a folder that cannot be
             written or holds results of another version, an address where no scheduler answers.
     """
-    text = Path(notebook).read_text(encoding="utf-8")
+    text = read_text(Path(notebook))
     parsed = json.loads(text)
     declared = declared_parameters(parsed)
     if hidden := sorted(declared.keys() & set(COLUMNS)):

@@ -24,6 +24,7 @@ from tclib.activations import hook_out
 from tclib.chronicle import BACKWARD, SPANS
 from tclib.inputs import check_layers, check_tokens
 from tclib.intervene import EVERYWHERE, Hook, ablate_mlp
+from tclib.paths import read_text
 
 TEMPLATE = "The NOUN lasted from the year XXYY to the year XX"
 BACKWARD_TEMPLATE = "The NOUN ended in the year XXYY; it began in the year XX"
@@ -103,10 +104,10 @@ def read_templates(path: str | Path) -> list[str]:
     """Templates of a text file, one a line; empty lines and lines that begin with # are left out.
 
     Raises:
-        ValueError: no such file, no template in it, or a line that is not one (it is named).
+        ValueError: no such file, none in UTF-8, no template in it, or a line that is not one (it is named).
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(path)).splitlines()
     except OSError:
         raise ValueError(f"there is no prompt file {path}: give a text file with one template a line") from None
     templates = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

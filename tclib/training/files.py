@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tclib.paths import write_whole
+from tclib.paths import read_text, write_whole
 from tclib.training import distributed
 from tclib.training.student import SCALES, Student
 
@@ -47,7 +47,7 @@ class RunFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if (self.folder / "run.json").exists():
-                _refuse_another(json.loads((self.folder / "run.json").read_text()), about, self.folder)
+                _refuse_another(json.loads(read_text(self.folder / "run.json")), about, self.folder)
             elif distributed.rank() == 0:
                 write_whole(self.folder / "run.json", json.dumps(about, indent=2).encode())
         except OSError as error:
@@ -120,7 +120,7 @@ class RunFolder:
         path = self.folder / "log.jsonl"
         records = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in read_text(path).splitlines():
                 try:
                     records.append(json.loads(line))
                 except json.JSONDecodeError:
@@ -134,7 +134,7 @@ class RunFolder:
         if distributed.rank() > 0:
             return
         try:
-            with open(self.folder / "log.jsonl", "a") as file:
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             warnings.warn(f"a line of log.jsonl was lost ({error.strerror})", stacklevel=3)
