@@ -9,6 +9,7 @@ the paths that end within n edges and the partial paths of exactly n edges sum t
 from __future__ import annotations
 
 import heapq
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -23,6 +24,7 @@ from tclib.targets import Target
 
 Predicate = Callable[[Node], bool]
 BATCH = 64  # states whose tables are computed together
+KEPT = 3  # paths listed or waiting, for each table that may be computed
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def best_first(
     threshold: float,
     max_length: int | None = None,
     only: Only | None = None,
-    limit: int = 20_000,
+    limit: int | None = None,
     bounds: Bounds | None = None,
 ) -> Search:
     """Every path whose |contribution| is at least ``threshold``, found without following what cannot reach it.
@@ -125,12 +127,15 @@ def best_first(
         threshold: in units of the target.
         max_length: paths are cut after this many edges and listed as they are; by default each goes to its terminal.
         only: which paths are wanted. Others count as not listed.
-        limit: stop after this many tables; the ``guarantee`` is then above the threshold.
+        limit: stop after this many tables, about a second for every thousand; at most `KEPT` times as many paths are
+            listed or waiting at once, those with the largest bounds. Where either is reached, the ``guarantee`` is
+            above the threshold. Without a limit of your own it is 20,000, and a warning says that it was reached.
         bounds: of `suffix_bounds(graph, max_length is not None)`, to use again for other targets.
 
     Raises:
         ValueError: a negative threshold, a length or limit below 1.
     """
+    warned, limit = limit is None, 20_000 if limit is None else limit
     if not threshold >= 0 or (max_length is not None and max_length < 1) or limit < 1:
         raise ValueError(
             f"threshold {threshold} must be 0 or more, max_length {max_length} and limit {limit} at least 1"
@@ -139,14 +144,21 @@ def best_first(
     listed: list[Path] = []
     left: list[Tensor] = []  # contributions that are not followed or listed
     heap: list[tuple[float, int, _Open]] = []
-    number, expanded = count(), 0
+    number, expanded, cut = count(), 0, 0.0  # cut: the largest bound of what there was no room for
 
     def take(states: States, table: Tables, paths: list[Path]) -> None:
+        nonlocal cut
         beyond, sizes = bounds.beyond(states, table), table.values.abs()
         depths = torch.tensor([len(path) for path in paths], device=sizes.device)[table.states]
         if max_length is not None:
             beyond = torch.where((depths == max_length - 1)[:, None], sizes, beyond)
         chosen = table.valid & (beyond >= threshold)
+        room = max(0, KEPT * limit - len(heap) - len(listed))
+        if int(chosen.sum()) > room:
+            fits = torch.zeros_like(chosen)
+            fits.view(-1)[beyond.masked_fill(~chosen, -1.0).flatten().topk(room).indices] = True
+            cut = max(cut, beyond[chosen & ~fits].max().item())
+            chosen &= fits
         rejected = []
         for row, column in chosen.nonzero().tolist():
             value, path = table.values[row, column].item(), paths[int(table.states[row])]
@@ -175,7 +187,13 @@ def best_first(
             states = _follow(graph, batch)
     open_paths = [item.path.contribution for _, _, item in heap]
     rest = torch.cat([*left, graph.writes.new_tensor(open_paths)]).double()
-    guarantee = max([threshold, *(-bound for bound, _, _ in heap)])
+    guarantee = max([threshold, cut, *(-bound for bound, _, _ in heap)])
+    if warned and guarantee > threshold:
+        warnings.warn(
+            f"the search for paths of {target.name} stopped at its limit ({expanded} tables, {len(listed)} paths listed): "
+            f"paths of up to {guarantee:.3g} may be missing; raise the threshold ({threshold:.3g})",
+            stacklevel=2,
+        )
     listed.sort(key=lambda path: -abs(path.contribution))
     value = target.value(graph.trace)
     return Search(target.name, value, listed, rest.sum().item(), rest.abs().sum().item(), guarantee, expanded)

@@ -166,6 +166,23 @@ def check_pickle(path: Path, wanted: str | None = None) -> int | None:
     Returns:
         The whole number that follows the text ``wanted`` in the pickle, as a configuration's value follows its name.
     """
+    names, value = _look_into_pickle(path, wanted)
+    unknown = sorted(names - _PICKLE_NAMES)
+    if unknown:
+        raise BadFile(f"{path} asks to run {', '.join(unknown)}: weights never need that, so it is not read")
+    return value
+
+
+def pickle_says(path: Path, wanted: str) -> bool | None:
+    """Whether a whole number follows the text ``wanted`` in the pickle of a .pt file, whatever else it names, since
+    nothing of it is read; None if the file is damaged."""
+    try:
+        return _look_into_pickle(path, wanted)[1] is not None
+    except BadFile:
+        return None
+
+
+def _look_into_pickle(path: Path, wanted: str | None) -> tuple[set[str], int | None]:
     with _zip(path) as archive:
         entries = archive.infolist()
         packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
@@ -177,13 +194,9 @@ def check_pickle(path: Path, wanted: str | None = None) -> int | None:
         if any("constants.pkl" in entry.filename for entry in entries):
             raise BadFile(f"{path} is a TorchScript program, which is never run")
         try:
-            names, value = _pickled_names(archive.read(pickles[0]), wanted)
+            return _pickled_names(archive.read(pickles[0]), wanted)
         except Exception as error:  # whatever the libraries stumble over in a crafted file
             raise BadFile(f"{path} is damaged: {error}") from error
-    unknown = sorted(names - _PICKLE_NAMES)
-    if unknown:
-        raise BadFile(f"{path} asks to run {', '.join(unknown)}: weights never need that, so it is not read")
-    return value
 
 
 def _pickled_names(data: bytes, wanted: str | None) -> tuple[set[str], int | None]:

@@ -76,6 +76,11 @@ class Transcoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_features"]:
         """Feature activations z, all >= 0 (equation 1; TopK: Gao et al. 2024; JumpReLU: Rajamanoharan et al. 2024)."""
+        if x.dtype != self.W_enc.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"the input is in {x.dtype}, but this transcoder is in {self.W_enc.dtype}: convert one, for example by "
+                f"load_transcoders(..., dtype={x.dtype})"
+            )
         return self.activate(self.pre_activations(x))
 
     def activate(self, pre: Float[Tensor, "*batch d_features"]) -> Float[Tensor, "*batch d_features"]:

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tclib.cli.bootstrap import REPO
-from tclib.notebook import assigned_names, find_headline, unknown_parameter
+from tclib.notebook import Parameter, ParameterError, assigned_literals, find_headline, unknown_parameter
 from tclib.paths import read_text
 
 
@@ -43,6 +44,7 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
         notebooks = select(repo / "notebooks", options.only)
         for notebook in notebooks:
             check_names(notebook, parameters)
+            typed(notebook, parameters)
         prepare(parameters, notebooks)
         folder = new_folder(repo / "runs", options.name)
     except Refused as error:
@@ -53,9 +55,7 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
     try:
         for number, notebook in enumerate(notebooks, start=1):
             print(f"[{number}/{len(notebooks)}] {notebook.stem} ...", end=" ", flush=True)
-            known = declared_names(json.loads(read_text(notebook)))
-            own = {name: value for name, value in parameters.items() if name in known}
-            results.append(execute(notebook, folder / notebook.name, own))
+            results.append(execute(notebook, folder / notebook.name, typed(notebook, parameters)))
             print(f"{results[-1].seconds:.0f} s, {results[-1].headline}", flush=True)
     except KeyboardInterrupt:
         print(f"\nInterrupted: what is finished is kept in {folder}.", file=sys.stderr)
@@ -85,9 +85,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read_parameters(options: argparse.Namespace) -> dict[str, Any]:
-    """The parameters to inject."""
-    parameters = {name: literal(text) for name, text in options.parameters}
+def read_parameters(options: argparse.Namespace) -> dict[str, str]:
+    """The parameters to inject, as they were written."""
+    parameters = dict(options.parameters)
     if options.model is not None:
         parameters["model"] = options.model
     return parameters
@@ -124,6 +124,28 @@ def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
         print(f"warning: {warning.message}", file=sys.stderr)
 
 
+def typed(notebook: Path, parameters: dict[str, str]) -> dict[str, Any]:
+    """The values of the parameters that a notebook declares. What it declares as text stays as it was written.
+
+    Raises Refused for a value of another type than the default's, with the way to write it here.
+    """
+    defaults = declared_defaults(json.loads(read_text(notebook)))
+    values = {}
+    for name, text in parameters.items():
+        if name in defaults:
+            default, value = defaults[name], literal(text)
+            values[name] = text if isinstance(default, str) and not isinstance(value, str) else value
+            try:
+                if default is not None:
+                    Parameter(default).check(name, values[name])
+            except ParameterError:
+                raise Refused(
+                    f"{notebook.name}: {name} = {text} has the wrong type: write it like the default, "
+                    f"-p {name} {shlex.quote(str(default))}"
+                ) from None
+    return values
+
+
 def literal(text: str) -> Any:
     """``text`` as a Python literal where it is one (2, 1e-3, True, [1, 2]), else as text."""
     try:
@@ -157,10 +179,15 @@ def check_names(notebook: Path, parameters: dict[str, Any]) -> None:
 
 def declared_names(notebook: dict[str, Any]) -> list[str]:
     """Names set by the cell tagged ``parameters``."""
+    return list(declared_defaults(notebook))
+
+
+def declared_defaults(notebook: dict[str, Any]) -> dict[str, Any]:
+    """Names and values set by the cell tagged ``parameters``; None for a value that is no literal."""
     for cell in notebook["cells"]:
         if "parameters" in cell["metadata"].get("tags", ()):
-            return assigned_names("".join(cell["source"]))
-    return []
+            return assigned_literals("".join(cell["source"]))
+    return {}
 
 
 def new_folder(runs: Path, name: str | None) -> Path:

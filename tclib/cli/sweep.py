@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tclib.cli.bootstrap import REPO
 from tclib.cli.run import literal
+from tclib.notebook import Parameter
 from tclib.paths import read_text
 from tclib.sweeping import NOTEBOOK, SMALL, sweep
+from tclib.sweeping.grid import declared_parameters
 
 SHOWN = ["seconds", "l0", "fvu", "recovered", "reason"]
 
@@ -22,7 +24,8 @@ def main(arguments: Sequence[str], repo: Path = REPO, notebook: Path = NOTEBOOK)
     options = parse(arguments)
     folder = (options.folder or repo / "runs" / "sweep").absolute()
     try:
-        grid = with_axes(read_grid(options.grid), options.axes)
+        declared = declared_parameters(json.loads(read_text(notebook)))
+        grid = with_axes(read_grid(options.grid), options.axes, declared)
         results = sweep(grid, folder, notebook, cluster=options.scheduler, progress=True)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -71,8 +74,17 @@ def read_grid(file: Path | None) -> list[dict[str, Any]]:
     return grids
 
 
-def with_axes(grids: Sequence[dict[str, Any]], given: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """The grids with axes from the command line, which replace those of the same name."""
-    values = {name: literal(text) for name, text in given}
-    axes = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+def with_axes(
+    grids: Sequence[dict[str, Any]], given: Sequence[tuple[str, str]], declared: Mapping[str, Parameter]
+) -> list[dict[str, Any]]:
+    """The grids with axes from the command line, which replace those of the same name.
+
+    What the notebook declares as text stays as it was written. Raises ValueError for numbers in a list of texts.
+    """
+    axes = {}
+    for name, text in given:
+        value, is_text = literal(text), name in declared and isinstance(declared[name].default, str)
+        axes[name] = value if isinstance(value, list) else [text if is_text and not isinstance(value, str) else value]
+        if is_text and not all(isinstance(one, str) for one in axes[name]):
+            raise ValueError(f"{name} = {text} is not a list of texts: write -p {name} \"{list(map(str, axes[name]))}\"")
     return [{**one, **axes} for one in grids]

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from tclib.formats import readers
 from tclib.formats.layers import Stored
 
+PAPERS = "the paper's"
 SPARSITY = "_log_feature_sparsity.pt"
 
 
@@ -29,19 +30,27 @@ FORMATS = (
         "circuit-tracer", r"layer_\d+\.safetensors", lambda stem: ["config.yaml"], "config.yaml", readers.circuit_tracer
     ),
     Format("tclib", r"layer_\d+\.safetensors", lambda stem: [f"{stem}.json"], None, readers.native),
-    Format("the paper's", r".+\.pt", lambda stem: [stem + SPARSITY], None, readers.original),
+    Format(PAPERS, r".+\.pt", lambda stem: [stem + SPARSITY], None, readers.original),
     Format("SAELens", r"sae_weights\.safetensors", lambda stem: ["cfg.json"], None, readers.saelens),
     Format("sparsify", r"sae\.safetensors", lambda stem: ["cfg.json"], None, readers.sparsify),
     Format("Gemma Scope", r"params\.npz", lambda stem: [], None, readers.gemma_scope),
 )
 
 
-def detect(names: Iterable[str], where: str) -> tuple[Format, list[str]]:
+def by_name(name: str) -> bool:
+    """Whether a .pt is one of the paper's, where its content is not at hand: theirs are called so."""
+    return "sparse_autoencoder" in PurePosixPath(name).name
+
+
+def detect(
+    names: Iterable[str], where: str, is_papers: Callable[[str], bool | None] = by_name
+) -> tuple[Format, list[str]]:
     """The format, and the files of weights.
 
     Args:
         names: files relative to the place, with forward slashes.
         where: the place, for the sentences.
+        is_papers: whether a .pt is the paper's, and no optimizer or trainer; None: it cannot be told.
 
     Raises:
         ValueError: no format, or several, or cross-layer transcoders.
@@ -57,6 +66,12 @@ def detect(names: Iterable[str], where: str) -> tuple[Format, list[str]]:
             if beside and re.fullmatch(kind.weights, path.name):
                 found.setdefault(kind.name, []).append(name)
                 break
+    if papers := found.pop(PAPERS, []):
+        others = bool(found)
+        sure = {name: is_papers(name) for name in papers}
+        kept = [name for name in papers if sure[name] or (sure[name] is None and not others)]
+        if kept or not others:
+            found[PAPERS] = kept or papers
     if len(found) > 1:
         raise ValueError(
             f"{where} holds transcoders of {len(found)} formats ({', '.join(found)}): give the folder of one"

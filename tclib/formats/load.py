@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib import hub
+from tclib import guards, hub
 from tclib.formats import readers
 from tclib.formats.detect import FORMATS, SPARSITY, Format, detect, needed
 from tclib.formats.fit import check_fit
@@ -37,14 +38,17 @@ def load_transcoders(
             ``"pchlenski/gpt2-transcoders"``, with a folder in it behind another slash and ``@`` with a branch, tag or
             commit at the end.
         device: the best one present by default, as for `tclib.load_model`.
-        dtype: of the weights. On a CPU, in the dtype that the file has, they are not copied into memory.
+        dtype: of the weights. On a CPU, in the dtype that the file has, they are not copied into memory. To be used
+            with a model they must have its dtype (float32); others are for looking at weights and saving them.
         model: the model they belong to. With it, `check_fit` warns about layers that do not fit. sparsify's files
             need it: they read after LayerNorm's gain and bias, which are then folded into the encoder.
 
     Raises:
-        ValueError: no transcoders, files of two formats, a damaged or dangerous file, not in the cache while off-line,
+        ValueError: no transcoders, no floating-point dtype, files of two formats, a damaged or dangerous file, not in the cache while off-line,
             or too little memory.
     """
+    if not dtype.is_floating_point:
+        raise ValueError(f"weights cannot be {dtype}: choose torch.float32, bfloat16, float16 or float64")
     kind, files = _find(where)
     stored = one_per_layer([kind.open(path) for path in files])
     place = device if isinstance(device, torch.device) else pick_device(device)
@@ -111,10 +115,11 @@ def load_frequencies(where: str | Path) -> dict[int, Float[Tensor, " d_features"
 
 def _find(where: str | Path) -> tuple[Format, list[Path]]:
     path = data_path("transcoders") if where == "bundled" else Path(where)
+    says = partial(guards.pickle_says, wanted=readers.PAPERS_LAYER)
     if path.is_dir():
         depth = len(path.parts)
         inside = [p for p in path.rglob("*") if len(p.parts) - depth <= DEEPEST and p.is_file()]
-        kind, names = detect((p.relative_to(path).as_posix() for p in inside), str(path))
+        kind, names = detect((p.relative_to(path).as_posix() for p in inside), str(path), lambda name: says(path / name))
         return kind, [path / name for name in names]
     if path.is_file():
         beside = [other for kind in FORMATS if (other := kind.needs) and path.with_name(other).is_file()]

@@ -19,6 +19,9 @@ from tclib.guards import BadFile
 from tclib.transcoder import TranscoderConfig, expected_shapes, read_config
 
 
+PAPERS_LAYER = "hook_point_layer"  # where the paper's checkpoints say their layer
+
+
 class _Foreign(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
@@ -46,7 +49,7 @@ def original(path: Path) -> Stored:
 
     As `sae_training/sparse_autoencoder.py` of github.com/jacobdunefsky/transcoder_circuits computes them.
     """
-    layer = guards.check_pickle(path, "hook_point_layer")
+    layer = guards.check_pickle(path, PAPERS_LAYER)
     if layer is None:
         raise BadFile(f"{path} is not one of the paper's checkpoints: it has no cfg that says hook_point_layer")
     return Stored(layer, path, path.stat().st_size // 4, lambda: _open_original(path, layer))

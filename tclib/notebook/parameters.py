@@ -142,25 +142,32 @@ def unknown_parameter(name: str, known: Iterable[str]) -> str:
     return f"unknown parameter {name!r}{end} This notebook accepts: {', '.join(known)}."
 
 
-def assigned_names(source: str) -> list[str]:
-    """Names that a cell assigns at its top level; none if it is not Python."""
+def assigned_literals(source: str) -> dict[str, Any]:
+    """Names that a cell assigns at its top level, with their values (None: no literal); none if it is not Python."""
     try:
         statements = ast.parse(source).body
     except SyntaxError:
-        return []
-    targets: list[ast.expr] = []
+        return {}
+    values = {}
     for statement in statements:
-        if isinstance(statement, ast.Assign):
-            targets += statement.targets
-        elif isinstance(statement, ast.AnnAssign):
-            targets.append(statement.target)
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        for target in targets:
+            if isinstance(target, ast.Name):
+                values[target.id] = _literal(statement.value)
+    return values
+
+
+def _literal(expression: ast.expr | None) -> Any:
+    try:
+        return ast.literal_eval(expression)
+    except ValueError:
+        return None
 
 
 def injected_names(history: Sequence[str]) -> list[str]:
     """Names set by the last cell that papermill injected into this session."""
     injected = [cell for cell in history if cell.startswith("# Parameters\n")]
-    return assigned_names(injected[-1]) if injected else []
+    return list(assigned_literals(injected[-1])) if injected else []
 
 
 def _as_type_of(like: Any, name: str, value: Any) -> Any:
