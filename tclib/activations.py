@@ -65,8 +65,8 @@ def forward(
 def our_name(hook: str) -> str:
     """Another name of an MLP's input or output as `hook_in` or `hook_out`; any other hook as it is.
 
-    ``blocks.0.mlp.hook_out`` is the MLP's output in every model. ``blocks.0.mlp.hook_in`` stands behind LayerNorm's gain
-    and bias: it is the normalised stream where these are folded away, as in a processed model (see `folded`).
+    ``blocks.0.mlp.hook_out`` is the MLP's output in every model. ``blocks.0.mlp.hook_in`` stands behind LayerNorm's
+    gain and bias: it is the normalised stream where these are folded away, as in a processed model (see `folded`).
     """
     found = re.fullmatch(r"blocks\.(\d+)\.mlp\.hook_(in|out)", hook)
     if not found:

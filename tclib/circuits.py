@@ -24,6 +24,7 @@ from tclib.targets import Target
 
 Predicate = Callable[[Node], bool]
 BATCH = 64  # states whose tables are computed together
+LIMIT = 20_000  # tables of one search
 KEPT = 3  # paths listed or waiting, for each table that may be computed
 
 
@@ -129,13 +130,13 @@ def best_first(
         only: which paths are wanted. Others count as not listed.
         limit: stop after this many tables, about a second for every thousand; at most `KEPT` times as many paths are
             listed or waiting at once, those with the largest bounds. Where either is reached, the ``guarantee`` is
-            above the threshold. Without a limit of your own it is 20,000, and a warning says that it was reached.
+            above the threshold. Without a limit of your own it is `LIMIT`, and a warning says that it was reached.
         bounds: of `suffix_bounds(graph, max_length is not None)`, to use again for other targets.
 
     Raises:
         ValueError: a negative threshold, a length or limit below 1.
     """
-    warned, limit = limit is None, 20_000 if limit is None else limit
+    warned, limit = limit is None, LIMIT if limit is None else limit
     if not threshold >= 0 or (max_length is not None and max_length < 1) or limit < 1:
         raise ValueError(
             f"threshold {threshold} must be 0 or more, max_length {max_length} and limit {limit} at least 1"
@@ -190,8 +191,8 @@ def best_first(
     guarantee = max([threshold, cut, *(-bound for bound, _, _ in heap)])
     if warned and guarantee > threshold:
         warnings.warn(
-            f"the search for paths of {target.name} stopped at its limit ({expanded} tables, {len(listed)} paths listed): "
-            f"paths of up to {guarantee:.3g} may be missing; raise the threshold ({threshold:.3g})",
+            f"the search for paths of {target.name} stopped at its limit ({expanded} tables, {len(listed)} paths "
+            f"listed): paths of up to {guarantee:.3g} may be missing; raise the threshold ({threshold:.3g})",
             stacklevel=2,
         )
     listed.sort(key=lambda path: -abs(path.contribution))

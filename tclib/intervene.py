@@ -97,7 +97,7 @@ def replace_mlp(layer: int, transcoder: Transcoder) -> list[Hook]:
 def reencode_input(layer: int, sae: Transcoder) -> list[Hook]:
     """The MLP's input becomes SAE(x), an SAE on ``ln2.hook_normalized``; the MLP itself still computes."""
     if our_name(sae.config.hook_in) != hook_in(layer):
-        raise ValueError(f"this SAE reads {sae.config.hook_in}, not the input {hook_in(layer)} of the MLP of layer {layer}")
+        raise ValueError(f"this SAE reads {sae.config.hook_in}, not {hook_in(layer)}, the input of that layer's MLP")
 
     def edit(x: Tensor, hook) -> Tensor:
         return sae(x)
@@ -201,7 +201,8 @@ def _keep(value: Tensor) -> Callable:
 
 
 def _through(layer: int, transcoder: Transcoder, function: Callable[[Tensor, Tensor], Tensor]) -> list[Hook]:
-    """Two hooks: one remembers what the transcoder reads, the other puts function(that, output) in the output's place."""
+    """Two hooks: one remembers what the transcoder reads, the other puts function(that, output) in place of the
+    MLP's output."""
     seen: dict[str, Tensor] = {}
 
     def remember(x: Tensor, hook) -> None:

@@ -207,7 +207,8 @@ def to_tokens(model: TransformerBridge, prompt: str) -> Int[Tensor, " pos"]:
     ids = ids if bos is None else [bos, *ids]
     if len(ids) > model.cfg.n_ctx:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens{' with BOS' * (bos is not None)}, but the model reads at most {model.cfg.n_ctx}: shorten it"
+            f"the prompt has {len(ids)} tokens{' with BOS' * (bos is not None)}, but the model reads at most "
+            f"{model.cfg.n_ctx}: shorten it"
         )
     return torch.tensor(ids, device=model.cfg.device)
 
@@ -226,7 +227,8 @@ def to_token(model: TransformerBridge, text: str) -> int:
 
 
 def token_name(model: TransformerBridge, token: int) -> str:
-    """One token in quotes, with its id where the text alone does not say which it is: pieces of characters all read U+FFFD."""
+    """One token in quotes, with its id where its text alone does not say which it is: all pieces of characters read
+    U+FFFD."""
     text = model.tokenizer.decode([token])
     alone = model.tokenizer(text, add_special_tokens=False)["input_ids"] == [token]
     return repr(text) if alone else f"{text!r} (token {token})"

@@ -174,8 +174,8 @@ def check_belongs(model: TransformerBridge, layer: int, transcoder: Transcoder, 
     whole("layer", layer, model.cfg.n_layers, "the model")
     if {config.d_in, config.d_out} != {model.cfg.d_model}:
         raise ValueError(
-            f"the transcoder of layer {layer} reads width {config.d_in} and writes width {config.d_out}; this model has "
-            f"width {model.cfg.d_model}: they do not belong together"
+            f"the transcoder of layer {layer} reads width {config.d_in} and writes width {config.d_out}; this model "
+            f"has width {model.cfg.d_model}: they do not belong together"
         )
     found, ours = (config.hook_in, config.hook_out), (hook_in(layer), hook_out(layer))
     taken = tuple(
@@ -184,12 +184,13 @@ def check_belongs(model: TransformerBridge, layer: int, transcoder: Transcoder, 
     if taken != ours and not (saes and taken in zip(ours, ours, strict=True)):
         where = " and behind LayerNorm's gain and bias, which this model has" * (found[0].endswith(".mlp.hook_in"))
         raise ValueError(
-            f"the dictionary of layer {layer} reads {found[0]}{where}, and writes {found[1]}; a transcoder of this layer "
-            f"reads {ours[0]} and writes {ours[1]}"
+            f"the dictionary of layer {layer} reads {found[0]}{where}, and writes {found[1]}; a transcoder of this "
+            f"layer reads {ours[0]} and writes {ours[1]}"
         )
     for theirs, name in zip(found, taken, strict=True):
         if theirs != name:
-            warnings.warn(f"{theirs} of the transcoder of layer {layer} is taken as {name}: the same place", stacklevel=3)
+            said = f"{theirs} of the transcoder of layer {layer} is taken as {name}: the same place"
+            warnings.warn(said, stacklevel=3)
 
 
 def check_dtype(model: TransformerBridge, layer: int, transcoder: Transcoder) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import tclib as tc
 from tclib.cli import bootstrap
-from tclib.cli.run import declared_names, literal, run
+from tclib.cli.run import declared_names, literal, run, typed
+from tclib.cli.sweep import with_axes
 from tclib.notebook import find_headline
 
 REPO = Path(bootstrap.REPO)
@@ -167,6 +169,41 @@ def test_run_keeps_the_failed_notebook_and_goes_on(repo, capsys):
     assert "layer = 2" in printed
     assert str(repo / "runs/one/02_good.ipynb") in printed
     assert "planted" in (repo / "runs/one/01_bad.ipynb").read_text()
+
+
+TYPES = [
+    GOOD[0],
+    "prompt: str = 'words'  # a\nrows: int = 2  # b\nnouns: list = ['war']  # c\nfast: bool = True  # d",
+]
+
+
+@pytest.mark.parametrize("written", ["1732", "45", "true", "1.5e3", "[1]", "None", "words", "it's"])
+def test_what_is_declared_as_text_stays_as_it_was_written(repo, write_notebook, written):
+    path = write_notebook(repo / "notebooks/03_types.ipynb", TYPES, {1: "parameters"})
+    assert typed(path, {"prompt": written, "rows": "3", "other": "1"}) == {"prompt": written, "rows": 3}
+    assert typed(path, {"prompt": f'"{written}"'}) == {"prompt": written}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [("rows", "many", "-p rows 2"), ("rows", "1.5", "-p rows 2"), ("nouns", "war", "-p nouns '['\"'\"'war"),
+     ("nouns", "[1732]", "-p nouns '['\"'\"'war"), ("fast", "true", "-p fast True")],
+)  # fmt: skip
+def test_another_type_is_refused_with_the_way_to_write_it_here(repo, write_notebook, capsys, name, value, instead):
+    write_notebook(repo / "notebooks/03_types.ipynb", TYPES, {1: "parameters"})
+    assert run(["--only", "03", "-p", name, value], repo) == 2
+    message = capsys.readouterr().err
+    assert f"03_types.ipynb: {name} = {value} has the wrong type" in message and instead in message
+    assert "papermill" not in message and message.count("\n") == 1 and not (repo / "runs").exists()
+
+
+def test_the_axes_of_a_sweep_keep_text_as_it_was_written():
+    declared = {"activation": tc.Parameter("relu"), "k": tc.Parameter(8)}
+    given = [("activation", "45"), ("k", "[4, 8]")]
+    assert with_axes([{}], given, declared) == [{"activation": ["45"], "k": [4, 8]}]
+    assert with_axes([{}], [("activation", "['a', '1']")], declared) == [{"activation": ["a", "1"]}]
+    with pytest.raises(ValueError, match="is not a list of texts: write -p activation"):
+        with_axes([{}], [("activation", "[1, 2]")], declared)
 
 
 def test_run_passes_parameters(repo, capsys):

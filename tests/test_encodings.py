@@ -88,7 +88,10 @@ READERS = {
     "templates": (lambda model, path: gt.read_templates(path), f"{gt.TEMPLATE}\n# é\n"),
     "json": (lambda model, path: read_json(path), '{"é": 1}'),
     "grid": (lambda model, path: sweep.read_grid(path), '{"é": [1]}'),
-    "ratings": (lambda model, path: comparison.read_ratings(path), f"item,rater,rating,context_free\né,é,{comparison.NOT_RATED},{comparison.NOT_RATED}\n"),
+    "ratings": (
+        lambda model, path: comparison.read_ratings(path),
+        f"item,rater,rating,context_free\né,é,{comparison.NOT_RATED},{comparison.NOT_RATED}\n",
+    ),
     "circuit": (lambda model, path: load_graph(path), '{"nodes": [{"id": "é"}], "edges": [], "graph": {}}'),
     "any": (lambda model, path: read_text(path), "é"),
 }

@@ -84,7 +84,8 @@ def patches(
     every = [(i, h) for i in range(layer + 1) for h in range(model.cfg.n_heads)]
     rows = []
     for at, head in every if heads is None else heads:
-        at, head = whole("layer", at, layer + 1, "what comes before"), whole("head", head, model.cfg.n_heads, "the layer")
+        at = whole("layer", at, layer + 1, "what comes before")
+        head = whole("head", head, model.cfg.n_heads, "the layer")
         row = {"layer": at, "head": head}
         for name, parts in {"keys_and_values": "kv", "values": "v"}.items():
             hooks = patch(model, source, at, head, position, parts)

@@ -86,5 +86,6 @@ def with_axes(
         value, is_text = literal(text), name in declared and isinstance(declared[name].default, str)
         axes[name] = value if isinstance(value, list) else [text if is_text and not isinstance(value, str) else value]
         if is_text and not all(isinstance(one, str) for one in axes[name]):
-            raise ValueError(f"{name} = {text} is not a list of texts: write -p {name} \"{list(map(str, axes[name]))}\"")
+            texts = [str(one) for one in axes[name]]
+            raise ValueError(f'{name} = {text} is not a list of texts: write -p {name} "{texts}"')
     return [{**one, **axes} for one in grids]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -44,8 +43,8 @@ def load_transcoders(
             need it: they read after LayerNorm's gain and bias, which are then folded into the encoder.
 
     Raises:
-        ValueError: no transcoders, no floating-point dtype, files of two formats, a damaged or dangerous file, not in the cache while off-line,
-            or too little memory.
+        ValueError: no transcoders, no floating-point dtype, files of two formats, a damaged or dangerous file, not in
+            the cache while off-line, or too little memory.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"weights cannot be {dtype}: choose torch.float32, bfloat16, float16 or float64")
@@ -115,11 +114,11 @@ def load_frequencies(where: str | Path) -> dict[int, Float[Tensor, " d_features"
 
 def _find(where: str | Path) -> tuple[Format, list[Path]]:
     path = data_path("transcoders") if where == "bundled" else Path(where)
-    says = partial(guards.pickle_says, wanted=readers.PAPERS_LAYER)
     if path.is_dir():
         depth = len(path.parts)
         inside = [p for p in path.rglob("*") if len(p.parts) - depth <= DEEPEST and p.is_file()]
-        kind, names = detect((p.relative_to(path).as_posix() for p in inside), str(path), lambda name: says(path / name))
+        names = [p.relative_to(path).as_posix() for p in inside]
+        kind, names = detect(names, str(path), lambda name: guards.pickle_says(path / name, readers.PAPERS_LAYER))
         return kind, [path / name for name in names]
     if path.is_file():
         beside = [other for kind in FORMATS if (other := kind.needs) and path.with_name(other).is_file()]

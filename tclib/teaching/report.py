@@ -110,7 +110,8 @@ def print_pdf(browser: str, page: Path) -> Path:
     # Chromium refuses its sandbox to root, as whom containers run.
     root = ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
     command = [browser, "--headless", *root, "--disable-gpu", "--no-pdf-header-footer", f"--print-to-pdf={target}"]
-    said = subprocess.run([*command, page.resolve().as_uri()], capture_output=True, encoding="utf-8", errors="replace", timeout=180)
+    options = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": 180}
+    said = subprocess.run([*command, page.resolve().as_uri()], **options)
     if not target.is_file():
         raise RuntimeError(f"{browser} printed no PDF: {said.stderr.strip()[-300:]}")
     return target
