@@ -11,17 +11,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.inputs import check_layers, check_tokens
+from tclib.inputs import check_layers, check_tokens, counted
 
 
 def hook_in(layer: int) -> str:
     """The transcoder's input: the normalised residual stream, before any LayerNorm gain."""
-    return f"blocks.{layer}.ln2.hook_normalized"
+    return f"blocks.{counted('layer', layer)}.ln2.hook_normalized"
 
 
 def hook_out(layer: int) -> str:
     """The transcoder's target: what the MLP writes to the residual stream."""
-    return f"blocks.{layer}.hook_mlp_out"
+    return f"blocks.{counted('layer', layer)}.hook_mlp_out"
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,6 @@ class _Open:
     parent: States
     path: Path
 
-    @property
-    def source(self) -> int:
-        return self.path.sources[-1]
-
 
 @torch.no_grad()
 def best_first(
@@ -128,9 +124,9 @@ def best_first(
         threshold: in units of the target.
         max_length: paths are cut after this many edges and listed as they are; by default each goes to its terminal.
         only: which paths are wanted. Others count as not listed.
-        limit: stop after this many tables, about a second for every thousand; at most `KEPT` times as many paths are
-            listed or waiting at once, those with the largest bounds. Where either is reached, the ``guarantee`` is
-            above the threshold. Without a limit of your own it is `LIMIT`, and a warning says that it was reached.
+        limit: stop after this many tables, or when more than `KEPT` times as many paths are listed or waiting: then
+            those with the smallest bounds are dropped, and the threshold in effect rises. The ``guarantee`` says how
+            far. Without a limit of your own it is `LIMIT`, and a warning says that it was reached.
         bounds: of `suffix_bounds(graph, max_length is not None)`, to use again for other targets.
 
     Raises:
@@ -149,12 +145,20 @@ def best_first(
 
     def take(states: States, table: Tables, paths: list[Path]) -> None:
         nonlocal cut
+        most = KEPT * limit
         beyond, sizes = bounds.beyond(states, table), table.values.abs()
         depths = torch.tensor([len(path) for path in paths], device=sizes.device)[table.states]
         if max_length is not None:
             beyond = torch.where((depths == max_length - 1)[:, None], sizes, beyond)
-        chosen = table.valid & (beyond >= threshold)
-        room = max(0, KEPT * limit - len(heap) - len(listed))
+        chosen = table.valid & (beyond >= max(threshold, cut))
+        if int(chosen.sum()) > most - len(heap) - len(listed) and heap:
+            heap.sort()
+            dropped = heap[max(0, most - len(listed)) // 2 :]
+            del heap[len(heap) - len(dropped) :]
+            left.append(table.values.new_tensor([item.path.contribution for *_, item in dropped]))
+            cut = max(cut, -dropped[0][0] if dropped else 0.0)
+            chosen &= beyond >= cut
+        room = max(0, most - len(heap) - len(listed))
         if int(chosen.sum()) > room:
             fits = torch.zeros_like(chosen)
             fits.view(-1)[beyond.masked_fill(~chosen, -1.0).flatten().topk(room).indices] = True
@@ -182,7 +186,7 @@ def best_first(
             take(states, table, paths)
         expanded += len(paths)
         room = max(0, min(BATCH, limit - expanded))
-        batch = [heapq.heappop(heap)[2] for _ in range(min(room, len(heap)))]
+        batch = [heapq.heappop(heap)[2] for _ in range(min(room, len(heap))) if -heap[0][0] >= cut]
         paths = [item.path for item in batch]
         if batch:
             states = _follow(graph, batch)
@@ -203,7 +207,7 @@ def best_first(
 def _follow(graph: PromptGraph, batch: Sequence[_Open]) -> States:
     columns = zip(*(vars(item.parent).values() for item in batch), strict=True)
     parents = States(*(torch.cat(column) for column in columns))
-    sources = torch.tensor([item.source for item in batch], device=graph.writes.device)
+    sources = torch.tensor([item.path.sources[-1] for item in batch], device=graph.writes.device)
     return graph.follow(parents, sources, graph.writes.new_tensor([item.path.contribution for item in batch]))
 
 

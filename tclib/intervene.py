@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import hook_in, hook_out, our_name
-from tclib.inputs import check_tokens, from_end, whole
+from tclib.inputs import check_tokens, counted, from_end, whole
 from tclib.transcoder import Transcoder
 
 Hook = tuple[str, Callable]
@@ -125,7 +125,7 @@ def ablate_head(layer: int, head: int, value: Tensor | float = 0.0, positions: P
         z[:, _places(positions, z), head] = value
         return z
 
-    return [(f"blocks.{layer}.attn.hook_z", edit)]
+    return [(f"blocks.{counted('layer', layer)}.attn.hook_z", edit)]
 
 
 def keep_features(

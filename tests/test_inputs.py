@@ -30,6 +30,7 @@ from tclib import (
 from tclib.activations import hook_in, mlp_activations
 from tclib.blind import cases, sealed
 from tclib.circuits import best_first
+from tclib.evaluation import controls
 from tclib.explore.files import load_graph, save_graph
 from tclib.explorers import microscope
 from tclib.formats import save_graph_json
@@ -269,7 +270,7 @@ OTHERS = {  # of a layer, a head and a position: what the model of two layers, f
         "score": lambda p, n: attention.score_terms(p[2], n, 0, 2, 1),
         "output": lambda p, n: attention.output_terms(p[2], p[4], n, 0),
         "neurons": lambda p, n: factorisation.by_neurons(p[2], n, -1, p[4].reader),
-        "top neurons": lambda p, n: evaluation.controls.top_neurons(p[0], n, 2, torch.zeros(128)),
+        "top neurons": lambda p, n: controls.top_neurons(p[0], n, 2, torch.zeros(128)),
         "gain": lambda p, n: p[2].gain("attn_in", n),
         "scale": lambda p, n: p[2].scale("mlp_in", n),
         "ablate": lambda p, n: intervene.run(p[0], p[5], intervene.ablate_mlp(n)),
