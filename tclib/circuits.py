@@ -25,7 +25,7 @@ from tclib.targets import Target
 Predicate = Callable[[Node], bool]
 BATCH = 64  # states whose tables are computed together
 LIMIT = 20_000  # tables of one search
-KEPT = 3  # paths listed or waiting, for each table that may be computed
+STEPS = 5  # of paths, for each table that may be computed
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,10 @@ class Search:
 
 @dataclass(frozen=True)
 class _Open:
-    """A partial path that goes on: its last source contributes ``value`` to the state ``parent``."""
+    """A partial path that goes on: its last source contributes to one of the states ``parents``."""
 
-    parent: States
+    parents: States
+    row: Tensor  # which of them
     path: Path
 
 
@@ -124,9 +125,9 @@ def best_first(
         threshold: in units of the target.
         max_length: paths are cut after this many edges and listed as they are; by default each goes to its terminal.
         only: which paths are wanted. Others count as not listed.
-        limit: stop after this many tables, or when more than `KEPT` times as many paths are listed or waiting: then
-            those with the smallest bounds are dropped, and the threshold in effect rises. The ``guarantee`` says how
-            far. Without a limit of your own it is `LIMIT`, and a warning says that it was reached.
+        limit: stop after this many tables. Of `STEPS` times as many steps of paths the largest bounds are followed;
+            where there are more, the threshold in effect rises. The ``guarantee`` says how far. Without a limit of
+            your own it is `LIMIT`, and a warning says that it was reached.
         bounds: of `suffix_bounds(graph, max_length is not None)`, to use again for other targets.
 
     Raises:
@@ -141,29 +142,22 @@ def best_first(
     listed: list[Path] = []
     left: list[Tensor] = []  # contributions that are not followed or listed
     heap: list[tuple[float, int, _Open]] = []
-    number, expanded, cut = count(), 0, 0.0  # cut: the largest bound of what there was no room for
+    number, expanded = count(), 0
+    room, cut = STEPS * limit, 0.0  # cut: the largest bound of what there was no room for
 
     def take(states: States, table: Tables, paths: list[Path]) -> None:
-        nonlocal cut
-        most = KEPT * limit
+        nonlocal cut, room
         beyond, sizes = bounds.beyond(states, table), table.values.abs()
         depths = torch.tensor([len(path) for path in paths], device=sizes.device)[table.states]
         if max_length is not None:
             beyond = torch.where((depths == max_length - 1)[:, None], sizes, beyond)
         chosen = table.valid & (beyond >= max(threshold, cut))
-        if int(chosen.sum()) > most - len(heap) - len(listed) and heap:
-            heap.sort()
-            dropped = heap[max(0, most - len(listed)) // 2 :]
-            del heap[len(heap) - len(dropped) :]
-            left.append(table.values.new_tensor([item.path.contribution for *_, item in dropped]))
-            cut = max(cut, -dropped[0][0] if dropped else 0.0)
-            chosen &= beyond >= cut
-        room = max(0, most - len(heap) - len(listed))
-        if int(chosen.sum()) > room:
+        if int(chosen.sum()) > room // 4:  # so that no table takes it all
             fits = torch.zeros_like(chosen)
-            fits.view(-1)[beyond.masked_fill(~chosen, -1.0).flatten().topk(room).indices] = True
+            fits.view(-1)[beyond.masked_fill(~chosen, -1.0).flatten().topk(room // 4).indices] = True
             cut = max(cut, beyond[chosen & ~fits].max().item())
             chosen &= fits
+        room -= int(chosen.sum())
         rejected = []
         for row, column in chosen.nonzero().tolist():
             value, path = table.values[row, column].item(), paths[int(table.states[row])]
@@ -172,7 +166,7 @@ def best_first(
             if not only.may_step(node, len(path)):
                 rejected.append(value)
             elif node.goes_on and len(longer) != max_length:
-                item = _Open(states[table.states[row : row + 1]], longer)
+                item = _Open(states, table.states[row : row + 1], longer)
                 heapq.heappush(heap, (-beyond[row, column].item(), next(number), item))
             elif abs(value) >= threshold and only.accepts(longer.nodes):
                 listed.append(longer)
@@ -185,8 +179,8 @@ def best_first(
         for table in graph.tables(states):
             take(states, table, paths)
         expanded += len(paths)
-        room = max(0, min(BATCH, limit - expanded))
-        batch = [heapq.heappop(heap)[2] for _ in range(min(room, len(heap))) if -heap[0][0] >= cut]
+        more = max(0, min(BATCH, limit - expanded))
+        batch = [heapq.heappop(heap)[2] for _ in range(min(more, len(heap))) if -heap[0][0] >= cut]
         paths = [item.path for item in batch]
         if batch:
             states = _follow(graph, batch)
@@ -205,7 +199,7 @@ def best_first(
 
 
 def _follow(graph: PromptGraph, batch: Sequence[_Open]) -> States:
-    columns = zip(*(vars(item.parent).values() for item in batch), strict=True)
+    columns = zip(*(vars(item.parents[item.row]).values() for item in batch), strict=True)
     parents = States(*(torch.cat(column) for column in columns))
     sources = torch.tensor([item.path.sources[-1] for item in batch], device=graph.writes.device)
     return graph.follow(parents, sources, graph.writes.new_tensor([item.path.contribution for item in batch]))
