@@ -73,7 +73,7 @@ def trained(model, out: Path, name: str, run: Path | None, **more) -> Callable[[
 def same(a: Path, b: Path) -> bool:
     files = [load_file(folder / f"layer_{i}.safetensors") for i in (0, 1) for folder in (a, b)]
     weights = all(torch.equal(x[k], y[k]) for x, y in (files[:2], files[2:]) for k in x)
-    return weights and (a / "history.json").read_text() == (b / "history.json").read_text()
+    return weights and (a / "history.json").read_bytes() == (b / "history.json").read_bytes()
 
 
 def newest(run: Path) -> int:
@@ -95,7 +95,7 @@ def stopped(model, folder: Path, name: str, number: int, times: int, rng: random
         reached.append(newest(run))
     assert finish(child(trained(model, folder / "b", name, run))) == 0
     assert newest(run) == 120 and len(list(run.glob("step_*"))) == 2
-    assert len((run / "log.jsonl").read_text().splitlines()) == 240
+    assert len((run / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 240
     return reached
 
 
@@ -139,7 +139,7 @@ def case_full_during(model, folder: Path) -> None:
 
 def case_memory(model, folder: Path) -> None:
     def work() -> None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
         limit = pages * resource.getpagesize() + 400_000_000
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         tc.train(model, text(), [0], tc.TrainConfig(d_features=40_000, rows=64, steps=2))

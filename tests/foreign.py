@@ -88,7 +88,7 @@ def saelens(folder: Path, kind: str = "transcoder", layer: int = 0, seed: int = 
     } | changes  # fmt: skip
     folder.mkdir(parents=True)
     save_file({name: w[name] for name in names}, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(json.dumps(cfg))
+    (folder / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
 
     def forward(x):
         pre = x @ w["W_enc"] + w["b_enc"]
@@ -106,7 +106,7 @@ def circuit_tracer(
     topk = f"activation: topk\nk: {k}\n" if kind == "topk" else ""
     hooks = "feature_input_hook: ln2.hook_normalized\nfeature_output_hook: hook_mlp_out\n"
     text = f"model_name: gpt2\nmodel_kind: transcoder_set\n{hooks}scan: gpt2\n{topk}{extra}"
-    (folder / "config.yaml").write_text(text)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
     return [_circuit_tracer_layer(folder / f"layer_{i}.safetensors", kind, skip, k, i) for i in range(layers)]
 
 
@@ -144,7 +144,7 @@ def sparsify(folder: Path, layer: int = 0, k: int = 6, skip: bool = True, seed: 
         "activation": "topk", "expansion_factor": F // D, "normalize_decoder": True, "num_latents": 0, "k": k,
         "multi_topk": False, "skip_connection": skip, "transcode": True, "d_in": D,
     } | changes  # fmt: skip
-    (place / "cfg.json").write_text(json.dumps(cfg))
+    (place / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
     tensors = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"], "W_dec": w["W_dec"]}
     tensors |= {"b_dec": w["b_dec"]} | ({"W_skip": w["W_skip"]} if skip else {})
     save_file(tensors, place / "sae.safetensors")

@@ -34,7 +34,7 @@ def launch(folder: Path, processes: int, **changes) -> None:
     """Train the model in ``folder`` under torchrun, into a folder named by the number of processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "tests.rank_worker", str(folder / "model"), str(folder / str(processes)), json.dumps(changes)]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, encoding="utf-8", timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -200,8 +200,9 @@ def test_removing_everything_leaves_uniform_attention(models):
 
 def test_gpt2_that_scales_by_layer(tmp_path):
     make_model(tmp_path, layers=3)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"scale_attn_by_inverse_layer_idx": True}))
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config |= {"scale_attn_by_inverse_layer_idx": True}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     model = load_model(str(tmp_path), device="cpu")
     check_terms(make_trace([model]), 2, 1, 5, 3, 1e-5)
 

@@ -371,7 +371,7 @@ def test_nobody_has_rated_until_somebody_has(tmp_path):
     ],
 )
 def test_a_damaged_sheet_is_refused(tmp_path, text, message):
-    (tmp_path / "r.csv").write_text(text)
+    (tmp_path / "r.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         comparison.read_ratings(tmp_path / "r.csv")
 

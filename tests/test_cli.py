@@ -38,14 +38,14 @@ def repo(tmp_path, write_notebook):
 
 @pytest.mark.parametrize("name", BARE)
 def test_bootstrap_parses_on_old_pythons(name):
-    source = (REPO / name).read_text()
+    source = (REPO / name).read_text(encoding="utf-8")
     ast.parse(source, feature_version=(3, 6))
     assert "from __future__" not in source  # `annotations` is a syntax error before 3.7
 
 
 @pytest.mark.parametrize("name", BARE)
 def test_bootstrap_needs_only_the_standard_library(name):
-    for node in ast.walk(ast.parse((REPO / name).read_text())):
+    for node in ast.walk(ast.parse((REPO / name).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -81,7 +81,7 @@ class FakeSetup:
         self.pip_calls, self.error = [], error
         for name in ("pyproject.toml", "constraints.txt"):
             repo.mkdir(exist_ok=True)
-            (repo / name).write_text("torch==2.13.0\n")
+            (repo / name).write_text("torch==2.13.0\n", encoding="utf-8")
         self.python = repo / ".venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
         self.python.parent.mkdir(parents=True)
         self.python.touch()
@@ -102,7 +102,7 @@ def test_second_call_installs_nothing(monkeypatch, tmp_path):
     assert bootstrap.set_up(repo) == setup.python
     assert bootstrap.set_up(repo) == setup.python
     assert setup.pip_calls == [["-c", "constraints.txt", "-e", ".[notebooks,test]"]]
-    (repo / "constraints.txt").write_text("torch==2.13.1\n")
+    (repo / "constraints.txt").write_text("torch==2.13.1\n", encoding="utf-8")
     bootstrap.set_up(repo)
     assert len(setup.pip_calls) == 2
 
@@ -127,7 +127,7 @@ def test_torch_index_is_for_torch_alone(monkeypatch, tmp_path):
 
 def test_no_network_is_one_sentence(tmp_path, capfd):
     # `python -m pip` finds this module first, in its working directory.
-    (tmp_path / "pip.py").write_text("import sys; sys.exit('NewConnectionError: no route')")
+    (tmp_path / "pip.py").write_text("import sys; sys.exit('NewConnectionError: no route')", encoding="utf-8")
     with pytest.raises(bootstrap.SetupError, match="The package index cannot be reached"):
         bootstrap.pip(tmp_path, sys.executable, ["torch"])
     assert "NewConnectionError: no route" in capfd.readouterr().err
@@ -168,7 +168,7 @@ def test_run_keeps_the_failed_notebook_and_goes_on(repo, capsys):
     assert "FAILED in cell 3, In [3]: KeyError: 'planted'" in printed
     assert "layer = 2" in printed
     assert str(repo / "runs/one/02_good.ipynb") in printed
-    assert "planted" in (repo / "runs/one/01_bad.ipynb").read_text()
+    assert "planted" in (repo / "runs/one/01_bad.ipynb").read_text(encoding="utf-8")
 
 
 TYPES = [
@@ -224,7 +224,7 @@ def test_interruption_keeps_what_is_finished(repo, monkeypatch, capsys):
 
 def test_headline_is_the_last_one(repo, write_notebook):
     path = write_notebook(repo / "notebooks/03.ipynb", ["x"])
-    notebook = json.loads(path.read_text())
+    notebook = json.loads(path.read_text(encoding="utf-8"))
     assert find_headline(notebook) is None
     text = ["holds: a = b\n", "headline: first = 1\n", "headline: p(big) = 0.87\n"]
     notebook["cells"][0]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": text}]
@@ -232,7 +232,7 @@ def test_headline_is_the_last_one(repo, write_notebook):
 
 
 def test_declared_names(repo):
-    notebook = json.loads((repo / "notebooks/02_good.ipynb").read_text())
+    notebook = json.loads((repo / "notebooks/02_good.ipynb").read_text(encoding="utf-8"))
     assert declared_names(notebook) == ["model", "layer"]
 
 

@@ -251,7 +251,7 @@ def test_the_bundle_and_the_views_run():
         setTimeout(() => process.exit(0), 4000);
     """  # the views stand before the code has arrived, as in a notebook
     source = program % json.dumps([*scripts[1:], scripts[0]])
-    done = subprocess.run(["node", "-"], input=source, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["node", "-"], input=source, capture_output=True, encoding="utf-8", timeout=60)
     calls = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(calls) == 2, done.stderr
     for (name, kind, properties, cleared), view in zip(calls, views, strict=True):

@@ -70,7 +70,7 @@ def test_text_rows_and_latents(model):
 def test_sampled_text_and_files(model, tmp_path):
     sampled = text.load_text(model, "sampled", 7)
     assert sampled.shape == (7, model.cfg.n_ctx) and (sampled[:, 0] == model.tokenizer.bos_token_id).all()
-    (tmp_path / "a.txt").write_text("The war was long. " * 400)
+    (tmp_path / "a.txt").write_text("The war was long. " * 400, encoding="utf-8")
     rows = text.load_text(model, str(tmp_path), 4)
     assert rows.shape == (4, model.cfg.n_ctx)
     assert model.tokenizer.decode(rows[0, 1:9].tolist()).startswith("The war was long.")
@@ -90,7 +90,7 @@ def test_bad_text_gets_one_sentence(model, source, rows, sentence):
 
 
 def test_short_text_gets_one_sentence(model, tmp_path):
-    (tmp_path / "a.txt").write_text("Too short.")
+    (tmp_path / "a.txt").write_text("Too short.", encoding="utf-8")
     with pytest.raises(ValueError, match="fills 0 rows of 128 tokens, but 2 were asked for"):
         text.load_text(model, str(tmp_path / "a.txt"), 2)
 

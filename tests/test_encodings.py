@@ -134,7 +134,8 @@ def without_encoding(source: str) -> list[str]:
 
 
 NOT_FILES = ("os", "Image", "archive", "kind", "layer", "stored", "self")  # whose `open` opens no file of text
-SOURCES = [path for folder in ("tclib", "making", "benchmarks", "tools") for path in (REPO / folder).rglob("*.py")]
+FOLDERS = ("tclib", "making", "benchmarks", "tools", "tests")
+SOURCES = [path for folder in FOLDERS for path in (REPO / folder).rglob("*.py")]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPO)))

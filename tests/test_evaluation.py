@@ -379,7 +379,7 @@ def test_geometry_counts_twins_and_dimensions():
 
 
 def test_fronts_file_is_complete_and_fair():
-    script = json.loads(tc.data_path("fronts.json").read_text())
+    script = json.loads(tc.data_path("fronts.json").read_text(encoding="utf-8"))
     points, gaps, scores = (pd.DataFrame(**script[name]) for name in ("points", "gaps", "latents"))
     assert points["seed"].nunique() >= 3 and set(points["text"]) == {"chronicle", "real"}
     kinds = {"transcoder", "skip transcoder", "SAE on MLP input", "SAE on MLP output"}
@@ -432,8 +432,8 @@ def test_weights_that_are_not_finite_and_missing_layers(model, tokens, transcode
 
 
 def test_text_shorter_than_one_context(model, tmp_path):
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "short.txt").write_text("w1 w2 w3")
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    (tmp_path / "short.txt").write_text("w1 w2 w3", encoding="utf-8")
     for name in ("empty", "short"):
         with pytest.raises(ValueError, match="fills 0 rows of 16 tokens, but 1 were asked for"):
             tc.load_text(model, str(tmp_path / f"{name}.txt"), 1)

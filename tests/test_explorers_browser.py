@@ -114,11 +114,11 @@ def serving(command: list[str], port: int, folder: Path) -> Iterator[None]:
     """A server in a process of its own, until the block ends."""
     home = {"JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data")}
     env = {**os.environ, **home, "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": str(REPO)}
-    with (folder / "server.log").open("w") as log:
+    with (folder / "server.log").open("w", encoding="utf-8") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=folder, start_new_session=True)
         try:
             for _ in range(240):
-                assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
+                assert server.poll() is None, (folder / "server.log").read_text(encoding="utf-8")[-2000:]
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                     break
                 time.sleep(0.25)
@@ -152,12 +152,13 @@ def browser():
 def lab(browser, folder: Path, settings: dict | None = None):
     """A page with the explorers' notebook in JupyterLab, all cells run; and what its console complained about."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "nb.ipynb").write_text(json.dumps(notebook_dict([source.strip() for source in CELLS.values()])))
+    notebook = notebook_dict([source.strip() for source in CELLS.values()])
+    (folder / "nb.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     place = folder / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
     place.mkdir(parents=True)
-    (place / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+    (place / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}', encoding="utf-8")
     if settings:
-        (place / "themes.jupyterlab-settings").write_text(json.dumps(settings))
+        (place / "themes.jupyterlab-settings").write_text(json.dumps(settings), encoding="utf-8")
     port = free_port()
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
     command += ["--ServerApp.token=", f"--ServerApp.root_dir={folder}", "--LabApp.news_url="]

@@ -167,7 +167,7 @@ def test_what_a_format_cannot_express_is_refused(tmp_path, layers, format, sente
 
 
 def test_a_folder_in_use_is_not_written_to(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="not empty"):
         tc.save_transcoders({0: make_transcoder(0)}, tmp_path)
 
@@ -322,7 +322,7 @@ def test_a_layer_norm_gain_is_found(fit):
 
 def private_bytes():
     """Memory of this process that belongs to no file."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
 
 
@@ -390,5 +390,5 @@ def test_exports_have_the_keys_of_the_tools(tmp_path):
     with safe_open(tmp_path / "c/layer_0.safetensors", "pt") as file:
         assert tuple(file.get_slice("W_enc").get_shape()) == (64, 32)
         assert "activation_function.threshold" in file.keys()  # noqa: SIM118
-    cfg = json.loads((tmp_path / "s/layer_0/cfg.json").read_text())
+    cfg = json.loads((tmp_path / "s/layer_0/cfg.json").read_text(encoding="utf-8"))
     assert cfg["architecture"] == "jumprelu_skip_transcoder" and cfg["metadata"]["hook_name"] == hook_in(0)

@@ -128,7 +128,7 @@ def test_the_notebooks_ran():
     status = COPIES / "status.txt"
     if not COMMITTED and not status.exists():
         pytest.skip("there are no notebooks yet")
-    assert status.read_text() == "0", "a notebook failed: see the first pytest summary above"
+    assert status.read_text(encoding="utf-8") == "0", "a notebook failed: see the first pytest summary above"
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_the_notebook_runs_unchanged(published, tmp_path, capsys, notebook):
     (path,) = (tmp_path / "runs" / "full").glob("*.ipynb")
     texts = [
         "".join(output.get("text", ""))
-        for cell in json.loads(path.read_text())["cells"]
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
         for output in cell.get("outputs", ())
     ]
     assert "holds here: " in "\n".join(texts) or "does not hold here: " in "\n".join(texts)

@@ -24,7 +24,7 @@ def made(tmp_path_factory):
     whole = graph.build_graph(trace)
     folder = tmp_path_factory.mktemp("graphs")
     path = save_graph_json(trace, whole, folder, "a-graph", "gpt2-small", "tres-dc")
-    return trace, whole, json.loads(path.read_text()), folder
+    return trace, whole, json.loads(path.read_text(encoding="utf-8")), folder
 
 
 def test_every_field(made):
@@ -89,19 +89,19 @@ def test_an_error_node_never_takes_the_id_of_a_feature(tmp_path):
     with torch.no_grad():
         transcoders[0].b_enc[1] += 50  # active everywhere
     trace = tc.trace(model, transcoders, "w1 w2", check_fit=False)
-    content = json.loads(save_graph_json(trace, graph.build_graph(trace), tmp_path, "x", "tiny").read_text())
+    content = json.loads(save_graph_json(trace, graph.build_graph(trace), tmp_path, "x", "tiny").read_bytes())
     ids = [node["node_id"] for node in content["nodes"]]
     assert {"0_1_2", "error_1_2"} <= set(ids) and len(ids) == len(set(ids))
 
 
 def test_pruned_graphs_without_transcoders_and_other_targets(made, tmp_path):
     trace, whole, content, _ = made
-    small = json.loads(save_graph_json(trace, pruning.prune(whole, 0.5), tmp_path, "x", "tiny").read_text())
+    small = json.loads(save_graph_json(trace, pruning.prune(whole, 0.5), tmp_path, "x", "tiny").read_bytes())
     assert len(small["nodes"]) < len(content["nodes"])
     bare = tc.trace(trace.model, {}, "w1 w2")
     chosen = [(targets.logit_difference(bare, "w3", "w4"), 1.0)]
     path = save_graph_json(bare, graph.build_graph(bare, chosen), tmp_path, "bare", "tiny")
-    nodes = json.loads(path.read_text())["nodes"]
+    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
     assert sum(n["feature_type"] == "mlp reconstruction error" for n in nodes) == 2 * 3  # whole MLPs
     (logit,) = [n for n in nodes if n["feature_type"] == "logit"]
     assert logit["feature"] >= trace.model.cfg.d_vocab and "w3" in logit["clerp"]
@@ -111,7 +111,7 @@ def test_the_list_of_graphs_is_kept(made):
     trace, whole, _, folder = made
     for slug in ("b", "b", "c"):
         save_graph_json(trace, whole, folder, slug, "tiny")
-    listed = json.loads((folder / "graph-metadata.json").read_text())["graphs"]
+    listed = json.loads((folder / "graph-metadata.json").read_text(encoding="utf-8"))["graphs"]
     assert [entry["slug"] for entry in listed] == ["a-graph", "b", "c"]
 
 

@@ -133,12 +133,12 @@ def test_empty_or_impossible_requests_are_refused(tokenizer, asked):
 
 def test_prompt_files(tmp_path):
     path = tmp_path / "templates.txt"
-    path.write_text(f"# mine\n{gt.TEMPLATE}\n\n{gt.BACKWARD_TEMPLATE}\n")
+    path.write_text(f"# mine\n{gt.TEMPLATE}\n\n{gt.BACKWARD_TEMPLATE}\n", encoding="utf-8")
     assert gt.read_templates(path) == list(TEMPLATES)
-    path.write_text("The NOUN of XXYY to XX\nThe war of XXYY to XX\n")
+    path.write_text("The NOUN of XXYY to XX\nThe war of XXYY to XX\n", encoding="utf-8")
     with pytest.raises(ValueError, match="'The war of XXYY to XX' needs NOUN"):
         gt.read_templates(path)
-    path.write_text("# nothing\n")
+    path.write_text("# nothing\n", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no template"):
         gt.read_templates(path)
     with pytest.raises(ValueError, match="there is no prompt file"):

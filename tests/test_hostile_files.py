@@ -331,8 +331,8 @@ def test_a_configuration_of_gigabytes_is_not_read(tmp_path):
 
 def test_sizes_in_the_configuration_take_no_memory(tmp_path):
     make_transcoder(0).save(tmp_path / "layer_0")
-    config = json.loads((tmp_path / "layer_0.json").read_text())
-    (tmp_path / "layer_0.json").write_text(json.dumps(config | {"d_in": 10**6, "d_features": 10**9}))
+    config = json.loads((tmp_path / "layer_0.json").read_text(encoding="utf-8"))
+    (tmp_path / "layer_0.json").write_text(json.dumps(config | {"d_in": 10**6, "d_features": 10**9}), encoding="utf-8")
     refused(tmp_path, "does not fit its configuration")
 
 
@@ -352,7 +352,7 @@ YAMLS = {
 @pytest.mark.parametrize("which", YAMLS)
 def test_hostile_yaml(tmp_path, which):
     foreign.circuit_tracer(tmp_path / "set")
-    (tmp_path / "set" / "config.yaml").write_text(YAMLS[which])
+    (tmp_path / "set" / "config.yaml").write_text(YAMLS[which], encoding="utf-8")
     refused(tmp_path / "set", "damaged|tags or aliases")
 
 
@@ -489,7 +489,7 @@ def model_folder(folder):
 
 
 def edit(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -511,7 +511,7 @@ def test_models_that_ask_for_more_than_they_bring(tmp_path, file, values, senten
 
 def test_adapters_of_other_models_are_not_followed(tmp_path):
     model_folder(tmp_path)
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}', encoding="utf-8")
     with pytest.raises(ValueError, match="adapter of another model"):
         tc.load_model(str(tmp_path), device="cpu")
 

@@ -45,8 +45,9 @@ def run(server, home, code, *arguments, limit=None, **environment):
     env["HF_ENDPOINT"] = server.endpoint if server else "http://127.0.0.1:9"
     env["HF_HUB_DISABLE_TELEMETRY"] = "1"
     capped = limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=REPO, env=env, capture_output=True, text=True, preexec_fn=capped
+        command, cwd=REPO, env=env, capture_output=True, encoding="utf-8", preexec_fn=capped
     )
 
 

@@ -514,7 +514,7 @@ def test_a_damaged_index_gets_one_sentence(built, tmp_path):
 
 def test_an_index_of_another_version_is_refused_with_what_to_do(built, tmp_path):
     shutil.copytree(built.folder, tmp_path / "old")
-    (tmp_path / "old" / "index.json").write_text(json.dumps(built.about | {"format": 1}))
+    (tmp_path / "old" / "index.json").write_text(json.dumps(built.about | {"format": 1}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"another version \(format 1, not 2\): remove it and build it again"):
         index.Index(tmp_path / "old")
 

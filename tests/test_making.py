@@ -60,7 +60,7 @@ def test_prepared_text(work: Path) -> None:
     ids = np.load(work / "real_heldout_kept.npy")
     assert ids[0] == tokenizer.bos_token_id
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert len(text) == json.loads((work / "text.json").read_text())["held_out"]["kept"]["characters"]
+    assert len(text) == json.loads((work / "text.json").read_text(encoding="utf-8"))["held_out"]["kept"]["characters"]
     assert text.startswith(toy_work(2)[:500])
     assert len(np.load(work / "chronicle_train.npy")) == 5_000
 
@@ -102,7 +102,7 @@ def test_a_run_refuses_other_settings(work: Path, run: Path) -> None:
 
 def test_export_loads_and_is_measured(work: Path, run: Path, tmp_path: Path) -> None:
     model = export(work, run, tmp_path)  # compares the logits itself
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert config["bos_token_id"] == config["eos_token_id"] == SETTINGS.vocabulary - 1
     assert config["architectures"] == ["GPT2LMHeadModel"]
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -79,7 +79,7 @@ def test_a_plan_adds_up():
 
 def test_a_folder_of_other_blocks_is_refused_before_its_weights_are_read(tmp_path):
     make_model(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "rms_norm_eps": 1e-5}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "rms_norm_eps": 1e-5}), encoding="utf-8")
     (tmp_path / "model.safetensors").write_bytes(b"never looked at")
     with pytest.raises(ValueError, match="RMSNorm"):
         tc.load_model(str(tmp_path), device="cpu")

@@ -30,7 +30,7 @@ def test_another_mlp(tmp_path, layer):
 
 @pytest.mark.slow
 def test_a_prompt_file(tmp_path):
-    (tmp_path / "templates.txt").write_text("# mine\nThe NOUN began in XXYY and ended in XX\n")
+    (tmp_path / "templates.txt").write_text("# mine\nThe NOUN began in XXYY and ended in XX\n", encoding="utf-8")
     run(tmp_path, prompt_file="templates.txt")
 
 

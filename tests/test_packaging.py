@@ -112,7 +112,7 @@ def test_readme_table_has_a_row_per_notebook():
 
 def test_table_says_what_a_notebook_lacks(tmp_path):
     path = tmp_path / "07_new.ipynb"
-    path.write_text(json.dumps({"metadata": {"tclib": {"question": "?"}}, "cells": []}))
+    path.write_text(json.dumps({"metadata": {"tclib": {"question": "?"}}, "cells": []}), encoding="utf-8")
     with pytest.raises(ValueError, match="07_new.ipynb lacks needs, minutes"):
         readme_table.table([path])
     with pytest.raises(ValueError, match="markers"):
@@ -128,14 +128,14 @@ def test_minutes_change_only_when_far_off(old, measured, kept):
 
 def test_execute_writes_only_on_success(tmp_path, write_notebook):
     bad = write_notebook(tmp_path / "bad.ipynb", ["print(1)", "raise KeyError"])
-    before = bad.read_text()
+    before = bad.read_text(encoding="utf-8")
     good = write_notebook(tmp_path / "good.ipynb", ["print(1)\nobject()", "print(2)"])
     assert execute.main([str(bad), str(good)]) == 1
-    assert bad.read_text() == before
-    notebook = json.loads(good.read_text())
+    assert bad.read_text(encoding="utf-8") == before
+    notebook = json.loads(good.read_text(encoding="utf-8"))
     assert [cell["execution_count"] for cell in notebook["cells"]] == [1, 2]
     assert [cell["id"] for cell in notebook["cells"]] == ["cell-0", "cell-1"]
-    assert "object at 0x...>" in good.read_text()
+    assert "object at 0x...>" in good.read_text(encoding="utf-8")
     assert notebook["metadata"]["tclib"]["minutes"] >= 0.1
     assert not list(tmp_path.glob("*.partial"))
 

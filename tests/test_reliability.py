@@ -22,7 +22,7 @@ def model(tmp_path_factory):
 
 def worker(case, folder, *names):
     command = [sys.executable, "-m", "tests.crash_worker", case, str(folder), *names]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, encoding="utf-8", timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -64,7 +64,7 @@ def test_too_little_memory_names_the_rows_that_fit(tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_named_before_training(model, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="the run cannot be kept in"):
         tc.train(model, text(), [0], config("relu"), run=tmp_path / "file" / "run")
 

@@ -131,24 +131,24 @@ def test_points_are_typed(change):
 
 
 def test_unwritable_folders_and_other_versions_are_refused(notebook, tmp_path, threads):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="results cannot be written to .*file.*choose another folder"):
         sweeping.sweep({"k": [1]}, tmp_path / "file" / "out", notebook)
     out = tmp_path / "out"
     sweeping.sweep({"k": [1]}, out, notebook, threads)
-    about = (out / "sweep.json").read_text()
-    changed = json.loads(notebook.read_text())
+    about = (out / "sweep.json").read_text(encoding="utf-8")
+    changed = json.loads(notebook.read_text(encoding="utf-8"))
     changed["cells"][3]["source"] += "\n1 + 1"
     other = tmp_path / "other" / notebook.name
     other.parent.mkdir()
-    other.write_text(json.dumps(changed))
+    other.write_text(json.dumps(changed), encoding="utf-8")
     with pytest.raises(ValueError, match="made with the notebook's code .* not .*use another folder"):
         sweeping.sweep({"k": [1]}, out, other)
     for field, sentence in {
         "tclib": "made with tclib 9, not 0",
         "format": "does not hold results of this version",
     }.items():
-        (out / "sweep.json").write_text(json.dumps(json.loads(about) | {field: "9"}))
+        (out / "sweep.json").write_text(json.dumps(json.loads(about) | {field: "9"}), encoding="utf-8")
         with pytest.raises(ValueError, match=sentence):
             sweeping.sweep({"k": [1]}, out, notebook)
     with pytest.raises(ValueError, match="there are no results"):
@@ -168,14 +168,14 @@ def test_failures_are_rows_and_the_finished_are_not_run_again(notebook, tmp_path
     for run in first["run"]:
         assert (tmp_path / "out" / run / "notebook.ipynb").is_file()
     planted = first.set_index("fate").loc["raise", "run"]
-    assert "planted" in (tmp_path / "out" / planted / "notebook.ipynb").read_text()
+    assert "planted" in (tmp_path / "out" / planted / "notebook.ipynb").read_text(encoding="utf-8")
 
     before = reads(tmp_path / "out")
     assert set(before) == set(first["run"][:2])
     # A finished one whose marker was lost, and one with half a file, are not finished.
     lost, halved = first["run"][:2]
     (tmp_path / "out" / lost / "finished").unlink()
-    (tmp_path / "out" / halved / "run.json").write_text('{"parameters": {')
+    (tmp_path / "out" / halved / "run.json").write_text('{"parameters": {', encoding="utf-8")
     assert results.read_run(tmp_path / "out" / lost) is None and results.read_run(tmp_path / "out" / halved) is None
     again = sweeping.sweep(grid[0], tmp_path / "out", notebook, threads)
     kept = [name for name in first if name not in ("seconds", "reason")]
@@ -245,13 +245,13 @@ def test_a_run_that_kills_its_workers_is_a_row(tmp_path, write_notebook):
 def test_an_interrupted_sweep_goes_on_where_it_stopped(notebook, tmp_path, threads, number):
     out, code = tmp_path / "out", "import sys\nfrom pathlib import Path\nfrom tclib.cli import sweep\n"
     code += "if __name__ == '__main__':\n    sys.exit(sweep.main(sys.argv[2:], notebook=Path(sys.argv[1])))"
-    (tmp_path / "main.py").write_text(code)
-    (tmp_path / "grid.json").write_text(json.dumps([{"k": [1]}, {"k": [2, 3], "wait": [30]}]))
+    (tmp_path / "main.py").write_text(code, encoding="utf-8")
+    (tmp_path / "grid.json").write_text(json.dumps([{"k": [1]}, {"k": [2, 3], "wait": [30]}]), encoding="utf-8")
     arguments = ["--grid", str(tmp_path / "grid.json"), "--folder", str(out)]
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "main.py"), str(notebook), *arguments],
         cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
         # Tests that run in the background of a shell ignore this signal, and so would their children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
@@ -323,7 +323,7 @@ def test_the_job_scripts_of_the_documentation(name, lines):
 
 
 def test_the_command_prints_a_table_and_how_to_draw_it(notebook, tmp_path, capsys, threads):
-    (tmp_path / "grid.json").write_text('{"k": [1, 2], "price": [1.0]}')
+    (tmp_path / "grid.json").write_text('{"k": [1, 2], "price": [1.0]}', encoding="utf-8")
     arguments = ["--grid", str(tmp_path / "grid.json"), "--folder", str(tmp_path / "out")]
     arguments += ["--scheduler", threads.scheduler.address, "-p", "fate", "['good', 'raise']"]
     assert command.main(arguments, notebook=notebook) == 1
@@ -356,7 +356,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     model = make_model(folder / "model")
     save_transcoders({layer: make_transcoder(layer) for layer in (0, 1)}, folder / "transcoders")
-    (folder / "text.txt").write_text(" ".join(WORDS[i * i % 40] for i in range(12_000)))
+    (folder / "text.txt").write_text(" ".join(WORDS[i * i % 40] for i in range(12_000)), encoding="utf-8")
     return model, {name: str(folder / name) for name in ("model", "transcoders")} | {"text": str(folder / "text.txt")}
 
 

@@ -56,7 +56,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 
 
 def damage_json(folder):
-    (folder / "layer_1.json").write_text("{")
+    (folder / "layer_1.json").write_text("{", encoding="utf-8")
 
 
 def damage_weights(folder):
@@ -64,13 +64,13 @@ def damage_weights(folder):
 
 
 def damage_shape(folder):
-    config = json.loads((folder / "layer_1.json").read_text()) | {"d_features": 65}
-    (folder / "layer_1.json").write_text(json.dumps(config))
+    config = json.loads((folder / "layer_1.json").read_text(encoding="utf-8")) | {"d_features": 65}
+    (folder / "layer_1.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def damage_field(folder):
-    config = json.loads((folder / "layer_1.json").read_text()) | {"activaton": "relu"}
-    (folder / "layer_1.json").write_text(json.dumps(config))
+    config = json.loads((folder / "layer_1.json").read_text(encoding="utf-8")) | {"activaton": "relu"}
+    (folder / "layer_1.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def remove_json(folder):
