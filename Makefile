@@ -1,30 +1,43 @@
 # A thin shim: everything happens in `python -m tclib`, which also works where there is no make.
-#   make run NAME=mine MODEL=bundled ONLY=04,06 PARAMS="-p layer 1"
+#   make run NAME=mine MODEL=bundled ONLY=02,03 PARAMS="-p layer 1"
 #   make sweep FOLDER=results PARAMS="-p seed [0,1,2]"
 #   make report NOTEBOOK=04
+#   make lab NAME=mine OPTIONS="--port 9000 --no-browser"
+#   make grade NOTEBOOK=04 NBGRADER=path/to/its/environment
 #   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 TORCH_INDEX ?=
 export TORCH_INDEX
+# exec: make hands SIGTERM to its child alone, which would be a shell.
+TCLIB = exec "$(PYTHON)" -m tclib
 
-.PHONY: run sweep student bundle report test test-all venv lab explore clean
+.PHONY: run sweep student grade bundle report test test-all venv lab explore clean
 
 run:
-	@"$(PYTHON)" -m tclib run $(if $(MODEL),--model "$(MODEL)") $(if $(NAME),--name "$(NAME)") $(if $(ONLY),--only "$(ONLY)") $(PARAMS)
+	@$(TCLIB) run $(if $(MODEL),--model "$(MODEL)") $(if $(NAME),--name "$(NAME)") $(if $(ONLY),--only "$(ONLY)") $(PARAMS)
 
 sweep:
-	@"$(PYTHON)" -m tclib sweep $(if $(GRID),--grid "$(GRID)") $(if $(FOLDER),--folder "$(FOLDER)") $(PARAMS)
+	@$(TCLIB) sweep $(if $(GRID),--grid "$(GRID)") $(if $(FOLDER),--folder "$(FOLDER)") $(PARAMS)
 
-# make student GRADED=1 writes sources for nbgrader instead.
+# `make student GRADED=1` writes sources for nbgrader instead.
 student:
-	@"$(PYTHON)" -m tclib student $(if $(GRADED),--graded)
+	@$(TCLIB) student $(if $(GRADED),--graded)
+
+grade:
+	@$(TCLIB) grade "$(NOTEBOOK)" $(if $(NBGRADER),--nbgrader "$(NBGRADER)")
 
 report:
-	@"$(PYTHON)" -m tclib report "$(NOTEBOOK)"
+	@$(TCLIB) report $(if $(NOTEBOOK),"$(NOTEBOOK)")
 
-test test-all venv bundle lab explore:
-	@"$(PYTHON)" -m tclib $@
+lab:
+	@$(TCLIB) lab $(if $(NAME),--name "$(NAME)") $(OPTIONS)
 
-# runs/ holds your results and .venv is slow to rebuild: neither is touched.
+explore:
+	@$(TCLIB) explore $(OPTIONS)
+
+test test-all venv bundle:
+	@$(TCLIB) $@
+
+# runs/ and build/nbgrader/ hold results and .venv is slow to rebuild: none of them is touched.
 clean:
-	rm -rf build dist
+	rm -rf dist $(filter-out build/nbgrader,$(wildcard build/*))

@@ -13,7 +13,8 @@ from pathlib import Path
 from dask.distributed import LocalCluster
 
 from tclib import sweeping
-from tclib.sweeping.grid import declared_parameters, expand
+from tclib.notebook import declared_parameters
+from tclib.sweeping.grid import expand
 
 SEEDS = [0, 1, 2]
 TOPK = {"activation": ["topk"]}

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 import tclib as tc
-from tclib.cli import bootstrap
-from tclib.cli.run import declared_names, literal, run, typed
+from tclib.cli import bootstrap, commands, serve, teach
+from tclib.cli import run as run_module
+from tclib.cli.run import declared_names, literal, run, select, typed
 from tclib.cli.sweep import with_axes
 from tclib.notebook import find_headline
+from tclib.teaching import report  # noqa: F401  before a test gives up the right to read its imports
+from tests.conftest import notebook_dict
 
 REPO = Path(bootstrap.REPO)
 BARE = [f"tclib/{name}" for name in ("__init__.py", "__main__.py", "cli/__init__.py")]
@@ -24,15 +33,24 @@ GOOD = [
     "model: str = 'bundled'  # which model\nlayer: int = 2  # which layer",
     "tc.headline('layer', layer)",
 ]
+TAUGHT = "04b_search_and_test_circuits.ipynb"
+STRICT = [
+    "import tclib as tc",
+    "model: str = 'bundled'\nlayer: int = 2\nkind: str = 'red'\nresults: str = 'bundled'",
+    "p = tc.parameters(globals(), model=tc.Parameter('bundled'), layer=tc.Parameter(2, low=0, high=2),\n"
+    "    kind=tc.Parameter('red', choices=['red', 'blue']), results=tc.Parameter('bundled'))",
+    "from pathlib import Path\ntc.headline('found', str(Path(p.results).exists()))",
+]
 BAD = [GOOD[0], "model: str = 'bundled'  # which model", "raise KeyError('planted')"]
 
 
 @pytest.fixture
 def repo(tmp_path, write_notebook):
-    """A repository with two notebooks, the first of which fails, in a path with a space."""
+    """A repository with three notebooks, the first of which fails, in a path with a space."""
     folder = tmp_path / "a clone"
     write_notebook(folder / "notebooks/01_bad.ipynb", BAD, {1: "parameters"})
     write_notebook(folder / "notebooks/02_good.ipynb", GOOD, {1: "parameters"})
+    write_notebook(folder / "notebooks/03_strict.ipynb", STRICT, {1: "parameters"})
     return folder
 
 
@@ -150,9 +168,15 @@ def test_only_this_kernel(monkeypatch):
         (["-p", "layr", "1", "--only", "02"], "unknown parameter 'layr'; did you mean 'layer'?"),
         (["-p", "layer", "1"], "01_bad.ipynb: unknown parameter 'layer'"),
         (["--model", "no such model"], "unknown model 'no such model'"),
-        (["--only", "07"], "No notebook starts with '07'; there are: 01_bad, 02_good."),
+        (["--only", "07"], "No notebook starts with '07'; there are: 01_bad, 02_good, 03_strict."),
         (["--only", "02,"], "No notebook starts with ''"),
         (["--name", "a/b"], "'a/b' is not a folder name"),
+        (
+            ["--only", "03", "-p", "layer", "7"],
+            "03_strict.ipynb: layer = 7 is out of range: this notebook accepts 0 to 2.",
+        ),
+        (["--only", "03", "-p", "layer", "1.5"], "03_strict.ipynb: layer = 1.5 has the wrong type"),
+        (["--only", "03", "-p", "kind", "blu"], "kind = 'blu' is not a choice; did you mean 'blue'?"),
     ],
 )
 def test_refused_before_running(repo, capsys, arguments, sentence):
@@ -164,6 +188,7 @@ def test_refused_before_running(repo, capsys, arguments, sentence):
 
 def test_run_keeps_the_failed_notebook_and_goes_on(repo, capsys):
     assert run(["--name", "one"], repo) == 1
+    assert (repo / "runs/one/03_strict.ipynb").is_file()
     printed = capsys.readouterr().out
     assert "FAILED in cell 3, In [3]: KeyError: 'planted'" in printed
     assert "layer = 2" in printed
@@ -211,6 +236,140 @@ def test_run_passes_parameters(repo, capsys):
     assert run(arguments, repo) == 0
     printed = capsys.readouterr().out
     assert "layer = 1" in printed and "together" in printed and "available" in printed  # the memory plan
+
+
+def test_a_name_is_used_once(repo, capsys):
+    assert run(["--only", "02", "--name", "mine"], repo) == 0
+    kept = (repo / "runs/mine/02_good.ipynb").read_bytes()
+    assert 'python -m tclib lab --name "mine"' in capsys.readouterr().out
+    assert run(["--only", "02", "--name", "mine", "-p", "layer", "1"], repo) == 2
+    message = capsys.readouterr().err
+    assert "is there already: give this run another --name" in message and message.count("\n") == 1
+    assert (repo / "runs/mine/02_good.ipynb").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("only", "chosen"),
+    [
+        ("04", ["04_a"]),
+        ("04b", ["04b_c"]),
+        ("04,04b", ["04_a", "04b_c"]),
+        ("04_", ["04_a"]),
+        ("0", ["00_x", "04_a", "04b_c"]),
+        ("04b_c.ipynb, 00", ["00_x", "04b_c"]),
+    ],
+)
+def test_a_number_chooses_one_notebook(tmp_path, only, chosen):
+    for name in ("00_x", "04_a", "04b_c"):
+        (tmp_path / f"{name}.ipynb").touch()
+    assert [path.stem for path in select(tmp_path, only)] == chosen
+
+
+def test_names_of_files_are_those_of_where_the_command_runs(repo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert run(["--only", "03", "-p", "results", "mine"], repo) == 0
+    assert "found = True" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_no_half_notebook(repo, tmp_path):
+    """A limit on the size of files stands for the disk: writing fails in the middle of a file, as it does there."""
+    cells = [*GOOD, "print('x' * 200_000)"]
+    (repo / "notebooks/02_good.ipynb").write_text(json.dumps(notebook_dict(cells, {1: "parameters"})), encoding="utf-8")
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from tclib.cli import run\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        f"sys.exit(run.run(['--only', '02,03', '--name', 'full'], Path({str(repo)!r})))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert said.returncode == 1
+    (sentence,) = said.stderr.strip().splitlines()
+    assert (
+        "The disk takes no more (File too large): free some space and try again. What is finished is kept in"
+        in sentence
+    )
+    assert "Traceback" not in said.stdout and "Open them" not in said.stdout
+    assert not list((repo / "runs/full").glob("*.ipynb"))
+
+
+@pytest.fixture
+def unwritable(repo):
+    """The repository, in which this user may not write; root, who may always, is another user meanwhile."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("no permissions of this kind")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "clone"
+        shutil.copytree(repo, folder)
+        shutil.copy(REPO / "notebooks" / TAUGHT, folder / "notebooks")
+        os.chmod(name, 0o555)
+        os.chmod(folder, 0o555)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            if root:
+                os.seteuid(0)
+            os.chmod(folder, 0o755)
+            os.chmod(name, 0o755)
+
+
+@pytest.mark.parametrize(
+    "command", [["run"], ["student"], ["student", "--graded"], ["report", "04b"], ["lab", "--name", "x"]]
+)
+def test_a_read_only_checkout_is_one_sentence(unwritable, monkeypatch, capsys, command):
+    module = {"run": run_module, "lab": serve}.get(command[0], teach)
+    monkeypatch.setattr(module, command[0], partial(getattr(module, command[0]), repo=unwritable))
+    assert commands.main(command) == 1
+    message = capsys.readouterr().err
+    assert "cannot be written (Permission denied): copy the repository to a folder where you may write" in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "x"), ConnectionResetError()])
+def test_other_errors_keep_their_traceback(error):
+    assert bootstrap.disk_sentence(error) is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGTERM is of POSIX")
+def test_sigterm_is_handed_on_and_ends_the_command(tmp_path):
+    """From the outermost process to the innermost, none of which is left."""
+    inner = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    waiting = "import subprocess, sys\nfrom tclib.cli.bootstrap import wait\n"
+    waiting += "wait(subprocess.Popen([sys.executable, '-c', {!r}]))"
+    outer = waiting.format(waiting.format(inner))
+    with subprocess.Popen([sys.executable, "-c", outer], cwd=REPO, stdout=subprocess.PIPE, text=True) as process:
+        innermost = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(30) == 143
+    until(lambda: not psutil.pid_exists(innermost))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGTERM is of POSIX")
+def test_sigterm_ends_a_run_and_its_kernel(repo, tmp_path):
+    cells = [
+        *GOOD,
+        f"import os, time\nopen({str(tmp_path / 'kernel')!r}, 'w').write(str(os.getpid()))\ntime.sleep(120)",
+    ]
+    (repo / "notebooks/02_good.ipynb").write_text(json.dumps(notebook_dict(cells, {1: "parameters"})), encoding="utf-8")
+    code = "import sys; from pathlib import Path; from tclib.cli import run\n"
+    code += f"sys.exit(run.run(['--only', '02,03'], Path({str(repo)!r})))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until(lambda: (tmp_path / "kernel").is_file() and (tmp_path / "kernel").read_text(encoding="utf-8"))
+        process.terminate()
+        out, err = process.communicate(timeout=60)
+    assert process.returncode and "03_strict" not in out, out + err
+    until(lambda: not psutil.pid_exists(int((tmp_path / "kernel").read_text(encoding="utf-8"))))
+
+
+def until(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_interruption_keeps_what_is_finished(repo, monkeypatch, capsys):

@@ -28,8 +28,9 @@ from tclib import sweeping
 from tclib.cli import sweep as command
 from tclib.evaluation import fronts
 from tclib.formats import save_transcoders
+from tclib.notebook import declared_parameters
 from tclib.sweeping import NOTEBOOK, SMALL, Point, cluster, results
-from tclib.sweeping.grid import code_hash, declared_parameters, expand, run_name
+from tclib.sweeping.grid import code_hash, expand, run_name
 from tests.conftest import REPO, notebook_dict
 from tests.test_structure import declared_defaults, literals
 from tests.tiny import WORDS, make_model, make_transcoder
@@ -97,6 +98,20 @@ def test_bad_grids_are_refused_before_anything_runs(notebook, tmp_path, grid, se
     with pytest.raises(ValueError, match=sentence):
         sweeping.sweep(grid, tmp_path / "out", notebook)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_grid_that_a_message_suggests_is_one_that_matters(tmp_path):
+    """Its runs differ in what the architecture uses: k, say, would be ignored by relu, the default."""
+    (tmp_path / "grid.json").write_text("nonsense")
+    with pytest.raises(ValueError, match="cannot be read as a grid") as refusal:
+        command.read_grid(tmp_path / "grid.json")
+    suggested = json.loads(str(refusal.value).split("such as ")[1])
+    runs = expand(suggested, declared_parameters(json.loads(NOTEBOOK.read_text(encoding="utf-8"))))
+    assert len({run["l1"] for run in runs if run["activation"] == "relu"}) == len(runs) == 2
+    (tmp_path / "grid.json").write_text("[1]")
+    with pytest.raises(ValueError, match="is not a grid") as refusal:
+        command.read_grid(tmp_path / "grid.json")
+    assert json.dumps(suggested) in str(refusal.value)
 
 
 def test_a_notebook_without_declared_parameters_is_refused(tmp_path, write_notebook):

@@ -4,8 +4,10 @@ This file runs on any Python, to be able to say that it is too old: it must pars
 and import nothing but the standard library.
 """
 
+import errno
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,8 @@ COMMANDS = {
     "test-all": "run all tests",
     "student": "write student copies of the notebooks into build/student/",
     "bundle": "collect all wheels in build/bundle/, for installing without network",
-    "report": "render an executed notebook as one file into build/report/",
+    "report": "render executed notebooks, one file each, into build/report/",
+    "grade": "grade submissions with nbgrader, in build/nbgrader/",
     "lab": "open JupyterLab on notebooks/",
     "explore": "serve the explorers of notebook 08 with Voila, off-line",
 }
@@ -51,6 +54,12 @@ def main(arguments):
     except SetupError as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        sentence = disk_sentence(error)
+        if sentence is None:
+            raise
+        print(sentence, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("Set-up was interrupted; the same command takes it up again.", file=sys.stderr)
         return 130
@@ -73,7 +82,7 @@ def usage():
     """What `python -m tclib` accepts."""
     lines = ["usage: python -m tclib COMMAND [options]", ""]
     lines += ["  {:9} {}".format(name, text) for name, text in COMMANDS.items()]
-    return "\n".join(lines + ["", "`python -m tclib run --help` lists the options of run; sweep has some too."])
+    return "\n".join(lines + ["", "`python -m tclib run --help` lists the options of run; others have some too."])
 
 
 def set_up(repo):
@@ -177,10 +186,37 @@ def environment():
     return env
 
 
+def disk_sentence(error):
+    """What to do about an OSError if a disk is full or may not be written; None if it is something else."""
+    if error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None)):
+        return "The disk takes no more ({}): free some space and try again.".format(error.strerror)
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        advice = "copy the repository to a folder where you may write, and work there"
+        return "{} cannot be written ({}): {}.".format(error.filename, error.strerror, advice)
+    return None
+
+
 def wait(process):
-    """Exit status of `process`. ctrl-C reaches it directly, so here it only waits on."""
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
+    """Exit status of `process`. ctrl-C reaches it directly, so here it only waits on.
+
+    SIGTERM is handed on; then, when the process has ended, so does this one, by SystemExit.
+    """
+    told = []
+
+    def hand_on(number, frame):
+        told.append(number)
+        process.terminate()
+
+    before = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        while True:
+            try:
+                status = process.wait()
+                break
+            except KeyboardInterrupt:
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if told:
+        raise SystemExit(128 + signal.SIGTERM)
+    return status

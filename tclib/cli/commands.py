@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 
-from tclib.cli.bootstrap import REPO, wait
+from tclib.cli.bootstrap import disk_sentence
 
 
 def main(arguments: list[str]) -> int:
@@ -14,28 +13,40 @@ def main(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no accents still gets every line
             stream.reconfigure(errors="backslashreplace")
-    command, *rest = arguments
-    if command == "run":
+    try:
+        return command(*arguments)
+    except OSError as error:
+        if not (sentence := disk_sentence(error)):
+            raise
+        print(sentence, file=sys.stderr)
+        return 1
+
+
+def command(name: str, *rest: str) -> int:
+    """Run the command with this name; return its exit status."""
+    if name == "run":
         from tclib.cli.run import run
 
         return run(rest)
-    if command == "sweep":
+    if name == "sweep":
         from tclib.cli import sweep
 
         return sweep.main(rest)
-    if command in ("student", "bundle", "report"):
+    if name in ("student", "bundle", "report"):
         from tclib.cli import teach
 
-        return getattr(teach, command)(rest)
-    if command == "lab":
-        lab = [sys.executable, "-m", "jupyterlab", str(REPO / "notebooks"), *rest]
-        return wait(subprocess.Popen(lab))
-    if command == "explore":
-        page = REPO / "notebooks" / "08_your_prompt_your_model.ipynb"
-        return wait(subprocess.Popen([sys.executable, "-m", "voila", str(page), *rest]))
+        return getattr(teach, name)(rest)
+    if name == "grade":
+        from tclib.cli.grade import grade
+
+        return grade(rest)
+    if name in ("lab", "explore"):
+        from tclib.cli import serve
+
+        return getattr(serve, name)(rest)
     from tclib.cli.testing import test
 
-    return test(slow=command == "test-all")
+    return test(slow=name == "test-all")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tclib.cli.bootstrap import REPO
-from tclib.notebook import Parameter, ParameterError, assigned_literals, find_headline, unknown_parameter
+from tclib.cli.bootstrap import REPO, disk_sentence
+from tclib.notebook import (
+    Parameter,
+    ParameterError,
+    assigned_literals,
+    declared_parameters,
+    find_headline,
+    unknown_parameter,
+)
 from tclib.paths import read_text
+
+PLACES = ("model", "transcoders", "results", "text", "second_text", "prompt_file")  # may name a file or a folder
 
 
 class Refused(ValueError):
@@ -43,15 +52,15 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
         parameters = read_parameters(options)
         notebooks = select(repo / "notebooks", options.only)
         for notebook in notebooks:
-            check_names(notebook, parameters)
-            typed(notebook, parameters)
+            check(notebook, parameters)
+        folder = unused_folder(repo / "runs", options.name)
         prepare(parameters, notebooks)
-        folder = new_folder(repo / "runs", options.name)
     except Refused as error:
         print(error, file=sys.stderr)
         return 2
+    folder.mkdir(parents=True)
     results: list[Result] = []
-    interrupted = False
+    status = 0
     try:
         for number, notebook in enumerate(notebooks, start=1):
             print(f"[{number}/{len(notebooks)}] {notebook.stem} ...", end=" ", flush=True)
@@ -59,19 +68,22 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
             print(f"{results[-1].seconds:.0f} s, {results[-1].headline}", flush=True)
     except KeyboardInterrupt:
         print(f"\nInterrupted: what is finished is kept in {folder}.", file=sys.stderr)
-        interrupted = True
+        status = 130
+    except OSError as error:
+        if not (sentence := disk_sentence(error)):
+            raise
+        print(f"\n{sentence} What is finished is kept in {folder}.", file=sys.stderr)
+        status = 1
     if results:
         print(f"\n{table(results)}\n\nOpen them:  {show_command(folder)}")
-    if interrupted:
-        return 130
-    return 1 if any(result.failed for result in results) else 0
+    return status or int(any(result.failed for result in results))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line; exits with argparse's message if it is malformed."""
     parser = argparse.ArgumentParser(prog="python -m tclib run", allow_abbrev=False)
     parser.add_argument("--name", help="folder in runs/ (default: the time)")
-    parser.add_argument("--only", help="notebooks to run, by how they start: 04 or 04,06")
+    parser.add_argument("--only", help="notebooks to run, by number or by how their names start: 04 or 04,06")
     parser.add_argument("--model", help="the parameter `model` of every notebook")
     parser.add_argument(
         "-p",
@@ -87,10 +99,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def read_parameters(options: argparse.Namespace) -> dict[str, str]:
     """The parameters to inject, as they were written."""
-    parameters = dict(options.parameters)
+    parameters = {name: placed(name, text) for name, text in options.parameters}
     if options.model is not None:
-        parameters["model"] = options.model
+        parameters["model"] = placed("model", options.model)
     return parameters
+
+
+def placed(name: str, value: Any) -> Any:
+    """``value``, absolute if it is the name of a file or folder that is there: a notebook runs in another folder."""
+    return str(Path(value).absolute()) if name in PLACES and isinstance(value, str) and Path(value).exists() else value
 
 
 def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
@@ -155,26 +172,39 @@ def literal(text: str) -> Any:
 
 
 def select(folder: Path, only: str | None) -> list[Path]:
-    """The notebooks to run, in reading order. Raises Refused if a prefix matches none."""
+    """The notebooks to run, in reading order: 04 is that number alone, not 04b. Raises Refused if one is not there."""
     notebooks = sorted(folder.glob("[0-9][0-9]*_*.ipynb"))
     if only is None:
         if not notebooks:
             raise Refused(f"There are no notebooks in {folder}.")
         return notebooks
     prefixes = [prefix.strip() for prefix in only.split(",")]
+    chosen: set[Path] = set()
     for prefix in prefixes:
-        if not prefix or not any(path.name.startswith(prefix) for path in notebooks):
+        exact = {path for path in notebooks if path.name.split("_")[0] == prefix}
+        found = exact or {path for path in notebooks if prefix and path.name.startswith(prefix)}
+        if not found:
             names = ", ".join(path.stem for path in notebooks)
             raise Refused(f"No notebook starts with {prefix!r}; there are: {names}.")
-    return [path for path in notebooks if path.name.startswith(tuple(prefixes))]
+        chosen |= found
+    return [path for path in notebooks if path in chosen]
 
 
-def check_names(notebook: Path, parameters: dict[str, Any]) -> None:
-    """Raise Refused if the notebook does not declare one of the parameters."""
-    known = declared_names(json.loads(read_text(notebook)))
+def check(notebook: Path, parameters: dict[str, str]) -> None:
+    """Raise Refused if the notebook does not declare one of the parameters, or would refuse its value."""
+    parsed = json.loads(read_text(notebook))
+    known, declared = declared_names(parsed), {}
+    with contextlib.suppress(ValueError):  # bounds that only its kernel can know
+        declared = declared_parameters(parsed)
     for name in parameters:
         if name not in known:
             raise Refused(f"{notebook.name}: {unknown_parameter(name, known)}")
+    for name, value in typed(notebook, parameters).items():
+        if name in declared:
+            try:
+                declared[name].check(name, value)
+            except ParameterError as error:
+                raise Refused(f"{notebook.name}: {error}") from None
 
 
 def declared_names(notebook: dict[str, Any]) -> list[str]:
@@ -190,18 +220,23 @@ def declared_defaults(notebook: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def new_folder(runs: Path, name: str | None) -> Path:
-    """Make the folder of this run. Raises Refused if the name is not a plain folder name."""
+def unused_folder(runs: Path, name: str | None) -> Path:
+    """The folder of a new run. Raises Refused if the name is not a plain folder name, or is in use."""
     name = name or time.strftime("%Y-%m-%d_%H-%M-%S")
     if Path(name).name != name:
         raise Refused(f"{name!r} is not a folder name: write a name without slashes.")
     folder = runs / name
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        raise Refused(f"{folder} is there already: give this run another --name, or delete that folder.")
     return folder
 
 
 def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
-    """Execute one notebook into ``target``, which is kept if it fails."""
+    """Execute one notebook into ``target``, which is kept if a cell fails.
+
+    Raises:
+        OSError: the disk takes no more; nothing is left of ``target``.
+    """
     import papermill
 
     start = time.monotonic()
@@ -218,6 +253,9 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
                 cwd=target.parent,
             )
     except Exception as error:  # a dead kernel, say: the notebooks after it still run
+        if isinstance(error, OSError) and disk_sentence(error):
+            target.unlink(missing_ok=True)  # cut off in the middle
+            raise
         problem = f"FAILED {why(error)}"
     seconds = time.monotonic() - start
     if problem is None:
@@ -272,4 +310,4 @@ def table(results: Sequence[Result]) -> str:
 
 def show_command(folder: Path) -> str:
     """The command that opens the run in JupyterLab."""
-    return f'"{sys.executable}" -m jupyterlab "{folder}"'
+    return f'python -m tclib lab --name "{folder.name}"'

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tclib.cli.bootstrap import REPO
-from tclib.cli.run import literal
-from tclib.notebook import Parameter
+from tclib.cli.run import literal, placed
+from tclib.notebook import Parameter, declared_parameters
 from tclib.paths import read_text
 from tclib.sweeping import NOTEBOOK, SMALL, sweep
-from tclib.sweeping.grid import declared_parameters
 
+EXAMPLE = '{"l1": [0.01, 0.1]}'
 SHOWN = ["seconds", "l0", "fvu", "recovered", "reason"]
 
 
@@ -67,10 +67,10 @@ def read_grid(file: Path | None) -> list[dict[str, Any]]:
     try:
         grid = json.loads(read_text(file))
     except (OSError, ValueError) as error:
-        raise ValueError(f'{file} cannot be read as a grid ({error}): write JSON such as {{"k": [8, 16]}}') from None
+        raise ValueError(f"{file} cannot be read as a grid ({error}): write JSON such as {EXAMPLE}") from None
     grids = grid if isinstance(grid, list) else [grid]
     if not all(isinstance(one, dict) for one in grids):
-        raise ValueError(f'{file} is not a grid: write JSON such as {{"k": [8, 16]}}, or a list of such')
+        raise ValueError(f"{file} is not a grid: write JSON such as {EXAMPLE}, or a list of such")
     return grids
 
 
@@ -88,4 +88,5 @@ def with_axes(
         if is_text and not all(isinstance(one, str) for one in axes[name]):
             texts = [str(one) for one in axes[name]]
             raise ValueError(f'{name} = {text} is not a list of texts: write -p {name} "{texts}"')
+        axes[name] = [placed(name, one) for one in axes[name]]
     return [{**one, **axes} for one in grids]

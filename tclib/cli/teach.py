@@ -14,6 +14,14 @@ from pathlib import Path
 from tclib.cli.bootstrap import REPO, torch_pin
 from tclib.cli.run import Refused, select
 
+KERNEL = "transcoder-circuits"
+# So that nbgrader by hand refuses to grade without the kernel, where it would give 0 points otherwise.
+CONFIG = f"""\
+c = get_config()
+c.Execute.kernel_name = "{KERNEL}"  # registered by `make grade`
+c.Execute.timeout = 600  # seconds for a cell; nbgrader's own 30 are too few
+"""
+
 
 def student(arguments: Sequence[str], repo: Path = REPO) -> int:
     """Write student copies into build/student, or nbgrader's sources into build/nbgrader; return the exit status."""
@@ -31,6 +39,9 @@ def student(arguments: Sequence[str], repo: Path = REPO) -> int:
     write = students.write_grading_sources if graded else students.write_copies
     for path in write(repo / "notebooks", folder):
         print(path.relative_to(repo))
+    if graded and not (folder / "nbgrader_config.py").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "nbgrader_config.py").write_text(CONFIG, encoding="utf-8")
     return 0
 
 
@@ -52,14 +63,14 @@ def inspect(submissions: Path, repo: Path = REPO) -> int:
 
 
 def report(arguments: Sequence[str], repo: Path = REPO) -> int:
-    """Render executed notebooks into build/report; return 0, or 2 if one is refused."""
+    """Render executed notebooks into build/report, by default all; return 0, or 2 if one is refused."""
     parser = argparse.ArgumentParser(prog="python -m tclib report", allow_abbrev=False)
-    parser.add_argument("notebook", help="a file, or how a notebook's name starts: 04 or 04,06")
+    parser.add_argument("notebook", nargs="?", help="a file, or numbers of notebooks: 04 or 04,06 (default: all)")
     wanted = parser.parse_args(arguments).notebook
     from tclib.teaching.report import NotExecuted, chromium, write_report
 
     try:
-        paths = [Path(wanted)] if Path(wanted).is_file() else select(repo / "notebooks", wanted)
+        paths = [Path(wanted)] if wanted and Path(wanted).is_file() else select(repo / "notebooks", wanted)
         for path in paths:
             for made in write_report(path, repo / "build" / "report"):
                 print(made.relative_to(repo))

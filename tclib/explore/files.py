@@ -12,7 +12,6 @@ import networkx as nx
 
 from tclib.paths import read_text, write_whole
 
-
 _NOT_XML = re.compile(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 

@@ -18,7 +18,6 @@ from tclib.formats.layers import Stored, numbers
 from tclib.guards import BadFile
 from tclib.transcoder import TranscoderConfig, expected_shapes, read_config
 
-
 PAPERS_LAYER = "hook_point_layer"  # where the paper's checkpoints say their layer
 
 

@@ -1,5 +1,6 @@
 """What every notebook uses; the core never imports it."""
 
+from tclib.notebook.declared import declared_parameters
 from tclib.notebook.page import figure_defaults, find_headline, headline, seed_everything
 from tclib.notebook.parameters import (
     Parameter,
@@ -16,6 +17,7 @@ __all__ = [
     "ParameterError",
     "Parameters",
     "assigned_literals",
+    "declared_parameters",
     "figure_defaults",
     "find_headline",
     "headline",

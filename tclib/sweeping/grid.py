@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ def expand(grid: Grid | Sequence[Grid], declared: Mapping[str, Parameter]) -> li
 
     Args:
         grid: one grid, or several that are joined (topk needs ``k``, relu ``l1``: give each its own).
-        declared: what the notebook accepts, see `declared_parameters`.
+        declared: what the notebook accepts, see `tclib.notebook.declared_parameters`.
 
     Raises:
         ValueError: an unknown parameter, a value that the notebook would refuse, or an axis without values.
@@ -57,33 +56,6 @@ def run_name(parameters: Mapping[str, Any]) -> str:
     """The name of a run's directory: a hash of its parameters, whatever their order."""
     text = json.dumps(parameters, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:NAME_LENGTH]
-
-
-def declared_parameters(notebook: Mapping[str, Any]) -> dict[str, Parameter]:
-    """What a notebook accepts: the arguments of its ``tc.parameters(globals(), ...)``, read without running it.
-
-    Raises:
-        ValueError: it has no such call, or one that is not made of literals.
-    """
-    for cell in notebook["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] != "code" or "tc.parameters(" not in source:
-            continue
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "tc.parameters":
-                return {str(word.arg): _parameter(str(word.arg), word.value) for word in node.keywords}
-    raise ValueError("the notebook declares no parameters: it needs a cell that calls tc.parameters(globals(), ...)")
-
-
-def _parameter(name: str, call: ast.expr) -> Parameter:
-    try:
-        assert isinstance(call, ast.Call)
-        given = [ast.literal_eval(argument) for argument in call.args]
-        return Parameter(*given, **{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
-    except (AssertionError, ValueError):
-        raise ValueError(
-            f"{name} is not declared as tc.Parameter(...) of plain values, so a grid cannot be checked"
-        ) from None
 
 
 def code_hash(notebook: Mapping[str, Any]) -> str:

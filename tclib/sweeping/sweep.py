@@ -12,10 +12,11 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from tclib.cli.run import one_line
+from tclib.notebook import declared_parameters
 from tclib.paths import read_text
 from tclib.sweeping.cluster import connected
 from tclib.sweeping.execute import execute
-from tclib.sweeping.grid import Grid, code_hash, declared_parameters, expand
+from tclib.sweeping.grid import Grid, code_hash, expand
 from tclib.sweeping.results import COLUMNS, About, Folder, Results, Run, read_run, table, write_run
 
 NOTEBOOK = Path(__file__).with_name("train_one.ipynb")

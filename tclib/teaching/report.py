@@ -21,6 +21,8 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.preprocessors import CSSHTMLHeaderPreprocessor
 from nbformat import NotebookNode
 
+from tclib.paths import write_whole
+
 STYLE = Path(__file__).with_suffix(".css")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
@@ -37,7 +39,7 @@ def write_report(notebook: Path, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{notebook.stem}.html"
-    page.write_text(render(nbformat.read(notebook, as_version=4), notebook.name), encoding="utf-8")
+    write_whole(page, render(nbformat.read(notebook, as_version=4), notebook.name).encode())
     browser = chromium()
     return [page, print_pdf(browser, page)] if browser else [page]
 

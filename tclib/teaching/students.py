@@ -16,13 +16,31 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from tclib.paths import write_whole
+
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
 _TASK = re.compile(
     r"\*\*Exercise (?P<number>\w+\.\d+): (?P<title>.+?)\*\* \(difficulty (?P<difficulty>[1-5]) of 5, "
     r"importance (?P<importance>[1-5]) of 5, (?P<minutes>\d+) minutes\)"
 )
+# The cell tagged `install` in copies, and everywhere until `tools/address.py` says what could be installed instead.
+CHECK = """\
+import importlib.util
+
+if importlib.util.find_spec("tclib") is None:
+    raise ModuleNotFoundError("this kernel has no tclib: start JupyterLab by `make lab`, or choose another kernel")"""
 _FOLD = re.compile(r"\n*<details><summary>Solution</summary>.*?</details>", re.DOTALL)
+
+
+def without_address(notebook: NotebookNode) -> NotebookNode:
+    """The notebook without badges, and with a first code cell that installs nothing."""
+    made = copy.deepcopy(notebook)
+    made.cells = [cell for cell in made.cells if "badges" not in cell.metadata.get("tags", ())]
+    for cell in made.cells:
+        if "install" in cell.metadata.get("tags", ()):
+            cell.source = CHECK
+    return made
 
 
 @dataclass(frozen=True)
@@ -59,8 +77,8 @@ def exercises(notebook: NotebookNode) -> list[Exercise]:
 
 
 def student_copy(notebook: NotebookNode) -> NotebookNode:
-    """The notebook with blanked solutions and without the outputs of exercise cells."""
-    made = copy.deepcopy(notebook)
+    """The notebook with blanked solutions, without the outputs of exercise cells, and without an address."""
+    made = without_address(notebook)
     for cell in made.cells:
         role = _grading(cell)
         if role.get("solution"):
@@ -71,8 +89,9 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
 
 
 def grading_source(notebook: NotebookNode) -> NotebookNode:
-    """The notebook as nbgrader wants its source: solutions between markers, and no folded ones for students to open."""
-    made = copy.deepcopy(notebook)
+    """The notebook as nbgrader wants its source: solutions between markers, no folded ones for students to open, and no
+    address."""
+    made = without_address(notebook)
     for cell in made.cells:
         if cell.cell_type == "markdown" and _TASK.match(cell.source):
             cell.source = _FOLD.sub("", cell.source)
@@ -103,7 +122,7 @@ def _written(notebooks: Path, target: Callable[[str], Path], make: Callable) -> 
         if exercises(notebook):
             new = target(path.name)
             new.parent.mkdir(parents=True, exist_ok=True)
-            nbformat.write(make(notebook), new)
+            write_whole(new, f"{nbformat.writes(make(notebook))}\n".encode())
             yield new
 
 
