@@ -50,7 +50,7 @@ def repo(tmp_path, write_notebook):
     folder = tmp_path / "a clone"
     write_notebook(folder / "notebooks/01_bad.ipynb", BAD, {1: "parameters"})
     write_notebook(folder / "notebooks/02_good.ipynb", GOOD, {1: "parameters"})
-    write_notebook(folder / "notebooks/03_strict.ipynb", STRICT, {1: "parameters"})
+    write_notebook(folder / "notebooks/05_strict.ipynb", STRICT, {1: "parameters"})
     return folder
 
 
@@ -168,15 +168,15 @@ def test_only_this_kernel(monkeypatch):
         (["-p", "layr", "1", "--only", "02"], "unknown parameter 'layr'; did you mean 'layer'?"),
         (["-p", "layer", "1"], "01_bad.ipynb: unknown parameter 'layer'"),
         (["--model", "no such model"], "unknown model 'no such model'"),
-        (["--only", "07"], "No notebook starts with '07'; there are: 01_bad, 02_good, 03_strict."),
+        (["--only", "07"], "No notebook starts with '07'; there are: 01_bad, 02_good, 05_strict."),
         (["--only", "02,"], "No notebook starts with ''"),
         (["--name", "a/b"], "'a/b' is not a folder name"),
         (
-            ["--only", "03", "-p", "layer", "7"],
-            "03_strict.ipynb: layer = 7 is out of range: this notebook accepts 0 to 2.",
+            ["--only", "05", "-p", "layer", "7"],
+            "05_strict.ipynb: layer = 7 is out of range: this notebook accepts 0 to 2.",
         ),
-        (["--only", "03", "-p", "layer", "1.5"], "03_strict.ipynb: layer = 1.5 has the wrong type"),
-        (["--only", "03", "-p", "kind", "blu"], "kind = 'blu' is not a choice; did you mean 'blue'?"),
+        (["--only", "05", "-p", "layer", "1.5"], "05_strict.ipynb: layer = 1.5 has the wrong type"),
+        (["--only", "05", "-p", "kind", "blu"], "kind = 'blu' is not a choice; did you mean 'blue'?"),
     ],
 )
 def test_refused_before_running(repo, capsys, arguments, sentence):
@@ -188,7 +188,7 @@ def test_refused_before_running(repo, capsys, arguments, sentence):
 
 def test_run_keeps_the_failed_notebook_and_goes_on(repo, capsys):
     assert run(["--name", "one"], repo) == 1
-    assert (repo / "runs/one/03_strict.ipynb").is_file()
+    assert (repo / "runs/one/05_strict.ipynb").is_file()
     printed = capsys.readouterr().out
     assert "FAILED in cell 3, In [3]: KeyError: 'planted'" in printed
     assert "layer = 2" in printed
@@ -268,7 +268,7 @@ def test_a_number_chooses_one_notebook(tmp_path, only, chosen):
 def test_names_of_files_are_those_of_where_the_command_runs(repo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    assert run(["--only", "03", "-p", "results", "mine"], repo) == 0
+    assert run(["--only", "05", "-p", "results", "mine"], repo) == 0
     assert "found = True" in capsys.readouterr().out
 
 
@@ -279,7 +279,7 @@ def test_a_full_disk_leaves_no_half_notebook(repo, tmp_path):
     code = (
         "import resource, signal, sys; from pathlib import Path; from tclib.cli import run\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        f"sys.exit(run.run(['--only', '02,03', '--name', 'full'], Path({str(repo)!r})))"
+        f"sys.exit(run.run(['--only', '02,05', '--name', 'full'], Path({str(repo)!r})))"
     )
     said = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert said.returncode == 1
@@ -354,14 +354,14 @@ def test_sigterm_ends_a_run_and_its_kernel(repo, tmp_path):
     ]
     (repo / "notebooks/02_good.ipynb").write_text(json.dumps(notebook_dict(cells, {1: "parameters"})), encoding="utf-8")
     code = "import sys; from pathlib import Path; from tclib.cli import run\n"
-    code += f"sys.exit(run.run(['--only', '02,03'], Path({str(repo)!r})))"
+    code += f"sys.exit(run.run(['--only', '02,05'], Path({str(repo)!r})))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         until(lambda: (tmp_path / "kernel").is_file() and (tmp_path / "kernel").read_text(encoding="utf-8"))
         process.terminate()
         out, err = process.communicate(timeout=60)
-    assert process.returncode and "03_strict" not in out, out + err
+    assert process.returncode and "05_strict" not in out, out + err
     until(lambda: not psutil.pid_exists(int((tmp_path / "kernel").read_text(encoding="utf-8"))))
 
 
