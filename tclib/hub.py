@@ -25,6 +25,7 @@ MODELS = {  # short names
     "gpt2-small": "openai-community/gpt2",
     "pythia-410m": "EleutherAI/pythia-410m",
     "pythia-1.4b": "EleutherAI/pythia-1.4b",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M",
 }
 TRANSCODERS = {name: "pchlenski/gpt2-transcoders" for name in ("gpt2", "gpt2-small")}
 

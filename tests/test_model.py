@@ -11,8 +11,8 @@ from tclib.model import check_architecture, layer_norms
 from tests.tiny import make_model
 
 OTHERS = {
-    "llama": (
-        {"model_type": "llama", "rms_norm_eps": 1e-6, "hidden_act": "silu"},
+    "qwen2": (
+        {"model_type": "qwen2", "rms_norm_eps": 1e-6, "hidden_act": "silu"},
         "its norm is RMSNorm, not LayerNorm",
     ),
     "mistral": (
@@ -37,7 +37,7 @@ OTHERS = {
 @pytest.mark.parametrize("which", OTHERS)
 def test_other_architectures_are_refused_by_the_property_that_does_not_fit(which):
     config, reason = OTHERS[which]
-    with pytest.raises(ValueError, match="only GPT-2 and GPT-NeoX blocks are supported, and") as caught:
+    with pytest.raises(ValueError, match="only GPT-2, GPT-NeoX and Llama blocks are supported, and") as caught:
         check_architecture(config, "here")
     assert reason in str(caught.value)
 
@@ -47,9 +47,11 @@ def test_other_architectures_are_refused_by_the_property_that_does_not_fit(which
     [
         {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": True},
         {"model_type": "gpt_neox", "hidden_act": "gelu", "num_attention_heads": 16, "use_parallel_residual": True},
+        {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "num_attention_heads": 9,
+         "num_key_value_heads": 3},
     ],
-)
-def test_gpt2_and_pythia_are_not(config):
+)  # fmt: skip
+def test_gpt2_pythia_and_smollm_are_not(config):
     check_architecture(config, "here")
 
 
@@ -79,7 +81,7 @@ def test_a_plan_adds_up():
 
 def test_a_folder_of_other_blocks_is_refused_before_its_weights_are_read(tmp_path):
     make_model(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "rms_norm_eps": 1e-5}), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "rms_norm_eps": 1e-5}), encoding="utf-8")
     (tmp_path / "model.safetensors").write_bytes(b"never looked at")
     with pytest.raises(ValueError, match="RMSNorm"):
         tc.load_model(str(tmp_path), device="cpu")

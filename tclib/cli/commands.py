@@ -40,6 +40,10 @@ def command(name: str, *rest: str) -> int:
         from tclib.cli.grade import grade
 
         return grade(rest)
+    if name == "smollm2":
+        from tclib.cli.smollm2 import smollm2
+
+        return smollm2(rest)
     if name in ("lab", "explore"):
         from tclib.cli import serve
 
