@@ -37,19 +37,22 @@ def smollm2_folder(accept: Accept) -> Path | None:
     Raises:
         ValueError: as for `gguf_folder`.
     """
-    name, digest = SMOLLM2
-    if (folder := _place(name, digest)).is_dir():
+    if (folder := made_from(*SMOLLM2)).is_dir():
         return folder
+    if (path := packaged_file()) is None:
+        return None
+    if sha256(path) != SMOLLM2[1]:
+        raise ValueError(f"{path} has another SHA-256 than {SMOLLM2[1]}: install version 0.1.2 of {PACKAGE}")
+    return gguf_folder(path, accept)
+
+
+def packaged_file() -> Path | None:
+    """SmolLM2's file in its package, of which nothing is imported; None if that is not installed."""
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
         return None
-    found = [Path(file.locate()) for file in files if file.name == name]
-    if not found or _sha256(found[0]) != digest:
-        raise ValueError(
-            f"the package {PACKAGE} that is installed has no {name} with SHA-256 {digest[:12]}...: install version 0.1.2"
-        )
-    return gguf_folder(found[0], accept)
+    return next((Path(file.locate()) for file in files if file.name == SMOLLM2[0]), None)
 
 
 def gguf_folder(path: Path, accept: Accept) -> Path:
@@ -64,7 +67,7 @@ def gguf_folder(path: Path, accept: Accept) -> Path:
     Raises:
         ValueError: a damaged file, a model that is not supported, or too little disk or memory.
     """
-    folder = _place(path.name, _sha256(path))
+    folder = made_from(path.name, sha256(path))
     if folder.is_dir():
         return folder
     header = read_header(path)
@@ -100,7 +103,8 @@ def origin(folder: Path) -> str | None:
     return f"{made['file']}, its weights rounded to {made['bits']:.1f} bits on average ({shares})"
 
 
-def _place(name: str, digest: str) -> Path:
+def made_from(name: str, digest: str) -> Path:
+    """Where the folder made from a file of this name and SHA-256 lies, or will lie."""
     return _cache() / f"{Path(name).stem}-{digest[:12]}"
 
 
@@ -108,7 +112,8 @@ def _cache() -> Path:
     return Path(constants.HF_ASSETS_CACHE) / "tclib" / "models"
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -158,7 +163,7 @@ def _write(path: Path, header: GGUFHeader, config: Any, folder: Path) -> None:
         apart = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(apart)
     tokenizer.save_pretrained(folder)
-    about = {"file": path.name, "sha256": _sha256(path), "stored_as": header.shares()}
+    about = {"file": path.name, "sha256": sha256(path), "stored_as": header.shares()}
     about["bits"] = 8 * path.stat().st_size / header.weights  # scales included
     (folder / _ORIGIN).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 

@@ -135,24 +135,35 @@ def _circuit_tracer_layer(path: Path, kind: str, skip: bool, k: int, seed: int) 
     return forward
 
 
-def sparsify(folder: Path, layer: int = 0, k: int = 6, skip: bool = True, seed: int = 0, **changes) -> Forward:
-    """sparsify's folder for one MLP; the function is of the MLP's own input, behind gain and bias."""
-    w = weights(seed)
-    place = folder / f"layers.{layer}.mlp"
+def sparsify(
+    folder: Path, layer: int = 0, k: int = 6, skip: bool = True, seed: int = 0, d: int = D, f: int = F,
+    lengths: tuple[float, float] | None = None, name: str = "layers.{}.mlp", **changes,
+) -> Forward:  # fmt: skip
+    """sparsify's folder for one MLP; the function is of the MLP's own input, behind gain and bias.
+
+    ``lengths``: of inputs and outputs, which are normalised by them.
+    """
+    w = weights(seed, d, f)
+    place = folder / name.format(layer)
     place.mkdir(parents=True)
     cfg = {
-        "activation": "topk", "expansion_factor": F // D, "normalize_decoder": True, "num_latents": 0, "k": k,
-        "multi_topk": False, "skip_connection": skip, "transcode": True, "d_in": D,
-    } | changes  # fmt: skip
+        "activation": "topk", "expansion_factor": f // d, "normalize_decoder": True, "num_latents": 0, "k": k,
+        "multi_topk": False, "skip_connection": skip, "transcode": True, "d_in": d,
+    } | ({"normalize_io": True} if lengths else {}) | changes  # fmt: skip
     (place / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
     tensors = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"], "W_dec": w["W_dec"]}
     tensors |= {"b_dec": w["b_dec"]} | ({"W_skip": w["W_skip"]} if skip else {})
+    if lengths:
+        tensors |= {name: torch.tensor([length]) for name, length in zip(("in_norm", "out_norm"), lengths, strict=True)}
     save_file(tensors, place / "sae.safetensors")
+    length_in, length_out = lengths or (d**0.5, d**0.5)
 
     def forward(x):
+        x = x * (d**0.5 / length_in)
         values, index = torch.relu(x @ w["W_enc"] + w["b_enc"]).topk(k)
-        z = torch.zeros(*x.shape[:-1], F).scatter(-1, index, values)
-        return z @ w["W_dec"] + w["b_dec"] + (x @ w["W_skip"].mT if skip else 0)
+        z = torch.zeros(*x.shape[:-1], f).scatter(-1, index, values)
+        out = z @ w["W_dec"] + w["b_dec"] + (x @ w["W_skip"].mT if skip else 0)
+        return out * (length_out / d**0.5)
 
     return forward
 

@@ -99,6 +99,46 @@ def test_sparsify_reads_behind_the_layer_norm(tmp_path, blocks, processed, skip)
     same(layers[1](x), forward(after["x"]))
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_sparsify_with_normalised_inputs_and_outputs(tmp_path, skip):
+    model = make_model(tmp_path / "model")
+    plain = make_model(tmp_path / "model", processed=False)
+    forward = foreign.sparsify(tmp_path / "sparsify", 1, skip=skip, lengths=(7.5, 21.0))
+    with pytest.warns(UserWarning, match="unexplained"):  # it is random
+        layers = load(tmp_path / "sparsify", model=model)
+    x = model.run_with_cache(torch.arange(8)[None])[1][hook_in(1)][0]
+    gain, bias = layer_norms(plain, [1])[1]
+    same(layers[1](x), forward(x * gain + bias))
+
+
+@pytest.mark.parametrize("length", [0.0, -1.0, float("nan"), float("inf")])
+def test_lengths_that_are_none_are_refused(tmp_path, length):
+    model = make_model(tmp_path / "model")
+    foreign.sparsify(tmp_path / "sparsify", 1, lengths=(length, 21.0))
+    with pytest.raises(ValueError, match="is damaged: its inputs have length"):
+        load(tmp_path / "sparsify", model=model)
+
+
+@pytest.mark.parametrize(
+    ("d", "factor"), [(32, 4), pytest.param(576, 128, marks=pytest.mark.slow)], ids=["small", "as published"]
+)
+def test_the_published_set_of_smollm2(tmp_path, d, factor):
+    """Files as in EleutherAI/skip-transcoder-SmolLM2-135M-128x, and of their size: 341 MB a layer."""
+    model = make_model(tmp_path / "model", d_model=d)
+    name = "model.layers.{}.mlp"
+    forward = foreign.sparsify(tmp_path / "set", 1, k=32, d=d, f=factor * d, name=name, normalize_decoder=False)
+    place = tmp_path / "set" / name.format(1)
+    if factor == 128:
+        assert (place / "cfg.json").stat().st_size == 180  # of the published file
+        assert round((place / "sae.safetensors").stat().st_size / 1e6) == 341
+    with pytest.warns(UserWarning, match="unexplained"):  # it is random
+        transcoder = load(tmp_path / "set", model=model)[1]
+    assert transcoder.config.d_features == factor * d and transcoder.config.k == 32 and transcoder.config.skip
+    x = torch.randn(6, d)
+    gain, bias = layer_norms(model, [1])[1]
+    torch.testing.assert_close(transcoder(x), forward(x * gain + bias), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_gemma_scope(tmp_path, save):
     forwards = {layer: foreign.gemma_scope(tmp_path, layer, layer, save) for layer in (0, 3)}

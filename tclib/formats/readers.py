@@ -5,6 +5,7 @@ What is different in each is said in docs/api.md.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -186,6 +187,9 @@ def circuit_tracer(path: Path) -> Stored:
     return Stored(layer, path, numbers(config), lambda: (config, _turned(path, names, "W_enc", "W_skip")))
 
 
+_LENGTHS = ("in_norm", "out_norm")  # mean lengths of inputs and outputs, where sparsify normalises them
+
+
 class _SparsifyConfig(_Foreign):
     d_in: PositiveInt
     num_latents: int = 0
@@ -194,12 +198,14 @@ class _SparsifyConfig(_Foreign):
     activation: str = "topk"
     skip_connection: bool = False
     transcode: bool = False
+    normalize_io: bool = False
 
 
 def sparsify(path: Path) -> Stored:
     """sparsify (EleutherAI): ``cfg.json`` and ``sae.safetensors`` in a folder named after the MLP, ``layers.3.mlp``.
 
-    It reads the MLP module's own input, after LayerNorm's gain and bias.
+    It reads the MLP module's own input, after LayerNorm's gain and bias. With ``normalize_io`` it divides inputs by
+    their mean length and multiplies outputs by theirs, both over sqrt(d_in): numbers that its weights take up here.
     """
     where = path.with_name("cfg.json")
     cfg = guards.parsed(where, _SparsifyConfig, guards.read_json(where))
@@ -216,10 +222,25 @@ def sparsify(path: Path) -> Stored:
     })  # fmt: skip
     names = {name: name for name in expected_shapes(config)} | {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
     expected = {names[name]: shape for name, shape in expected_shapes(config).items()}
+    expected |= {name: (1,) for name in _LENGTHS if cfg.normalize_io}
     guards.check_shapes(path, guards.safetensors_shapes(path), expected | {"encoder.weight": (d_features, cfg.d_in)})
-    return Stored(
-        layer, path, numbers(config), lambda: (config, _turned(path, names, "W_enc", "W_skip")), after_norm=True
-    )
+
+    def open_() -> tuple[TranscoderConfig, dict[str, Tensor]]:
+        tensors = _turned(path, names, "W_enc", "W_skip")
+        return config, _with_lengths(path, tensors) if cfg.normalize_io else tensors
+
+    return Stored(layer, path, numbers(config), open_, after_norm=True)
+
+
+def _with_lengths(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    stored = guards.read_safetensors(path, {name: name for name in _LENGTHS})
+    length_in, length_out = (stored[name].item() for name in _LENGTHS)
+    if not (math.isfinite(length_in) and math.isfinite(length_out) and length_in > 0):
+        raise BadFile(f"{path} is damaged: its inputs have length {length_in} and its outputs {length_out}")
+    root = len(tensors["W_enc"]) ** 0.5
+    read, written = root / length_in, length_out / root
+    factors = {"W_enc": read, "W_dec": written, "b_dec": written, "W_skip": read * written}
+    return {name: value * factors[name] if name in factors else value for name, value in tensors.items()}
 
 
 def gemma_scope(path: Path) -> Stored:

