@@ -11,11 +11,15 @@ from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from huggingface_hub import constants
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import tclib as tc
 from tclib import gguf_model, guards
 from tclib.gguf_header import read_header
 from tclib.model import check_architecture, model_folder, to_token, to_tokens, token_strings
+from tclib.separator import separate_documents
 from tests import gguf_files
 
 
@@ -89,6 +93,17 @@ def test_the_separator_stands_in_front_where_bos_is_a_chat_marker(good, capsys):
 def test_a_tokenizer_without_any_separator_is_refused(tmp_path):
     gguf_files.write(tmp_path / "x.gguf", tokens=["<|nothing|>", *gguf_files.TOKENS[1:]])
     refused(tmp_path / "x.gguf", "neither a BOS token nor one that separates documents")
+
+
+@pytest.mark.parametrize("eos", ["<|endoftext|>", "</s>"])
+def test_a_tokenizer_without_bos_takes_the_separator(eos):
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, eos: 2}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos)
+    assert "the tokenizer names no BOS" in separate_documents(tokenizer, 3) and tokenizer.bos_token_id == 2
+    assert separate_documents(tokenizer, 3) is None  # it has one now
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="neither a BOS token"):
+        separate_documents(tokenizer, 2)  # the model has no such row
 
 
 def test_without_the_package_gguf_it_says_what_to_install(good, monkeypatch):
