@@ -17,7 +17,7 @@ from typing import Any
 from tclib.guards import LONGEST_TEXT, BadFile, Shape
 
 MOST_TENSORS, MOST_KEYS = 100_000, 10_000
-MOST_ELEMENTS = 4_000_000  # of all lists together: the largest vocabularies with their merges have 1.5 million
+MOST_ELEMENTS = 2_000_000  # of all lists together: the largest vocabularies with their merges have 1.5 million
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _FEWEST = 24  # bytes: magic, version and two counts

@@ -12,6 +12,8 @@ import tclib as tc
 from tclib import gguf_model, model
 from tclib.cli import smollm2
 from tests import gguf_files
+from tests.hub_server import Hub
+from tests.tiny import make_model
 
 MADE = gguf_model.made_from(*gguf_model.SMOLLM2)
 needs_the_model = pytest.mark.skipif(not MADE.is_dir(), reason="`python -m tclib smollm2` has not been run")
@@ -20,17 +22,38 @@ PROMPT = "The {noun} lasted from the year {c}{t}{u} to the year {c}{t}"
 
 
 @pytest.fixture
-def nothing_installed(tmp_path, monkeypatch):
+def no_package(tmp_path, monkeypatch):
+    """Neither the package nor what was made from it, and an empty cache of the hub."""
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gguf_model, "PACKAGE", "a-package-that-is-not-there")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(gguf_model, "PACKAGE", "a-package-that-is-not-there")
+
+
+@pytest.fixture
+def nothing_installed(no_package, monkeypatch):
+    """Nor a network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def test_without_it_one_sentence_says_what_to_run(nothing_installed):
     with pytest.raises(ValueError, match="smollm2 is not on this machine: run `python -m tclib smollm2`") as caught:
         tc.load_model("smollm2")
     assert "\n" not in str(caught.value)
+
+
+def test_with_a_network_the_hub_serves_as_well(no_package, tmp_path, monkeypatch, capsys):
+    make_model(tmp_path / "model")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    server = Hub({"HuggingFaceTB/SmolLM2-135M": files})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    url = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    try:
+        assert tc.load_model("smollm2", device="cpu").cfg.n_layers == 2
+    finally:
+        server.close()
+    assert "smollm2 is HuggingFaceTB/SmolLM2-135M, with its weights in full." in capsys.readouterr().out
 
 
 def test_the_command_says_why_it_failed(nothing_installed, monkeypatch, capsys):
