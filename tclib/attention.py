@@ -7,7 +7,9 @@ scores are bilinear. Softmax ignores a constant, so what is explained is a contr
 
 Rotary embeddings rotate every k_j by its own position; that is linear too. The paper froze the patterns and left this
 open (its case of "caught", mlp8[235], needs it). Attribution is bilinear, hence exact; what a source does to the
-*pattern* goes through the softmax, is first order only, and stands beside the true effect in `removals`.
+*pattern* goes through the softmax, is first order only, and stands beside the true effect in `removals`. Where queries
+and keys are normalised (Qwen 3, Gemma 3, OLMo 2), those scales are frozen too; where scores are capped (Gemma 2), they
+are explained before the cap.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tclib.attribution import UnbalancedError
-from tclib.querykey import COLUMNS, Collected, Rotation, Side, read, score_scale
+from tclib.querykey import COLUMNS, Cap, Collected, Side, read, reader_of, score_scale, seen_from
 from tclib.targets import Target
 from tclib.tracing import Trace
 
@@ -32,7 +34,7 @@ class ScoreTerms:
     """A contrast of one head's scores at one destination, in low rank: its terms are ``query.vectors @ key.vectors.T``.
 
     ``weights`` are the contrast's w_j; ``moved`` is what attention to each key is worth to the number whose change is
-    asked for: ``sum_j pattern_j moved_j``.
+    asked for: ``sum_j pattern_j moved_j``. ``keys`` are the keys' positions, all that attention reaches.
     """
 
     name: str
@@ -42,6 +44,8 @@ class ScoreTerms:
     scores: Float[Tensor, " key"]
     weights: Float[Tensor, " key"]
     moved: Float[Tensor, " key"]
+    keys: Int[Tensor, " key"]
+    cap: Cap
 
     @torch.no_grad()
     def table(self, top: int = 20) -> pd.DataFrame:
@@ -76,7 +80,7 @@ class ScoreTerms:
     @torch.no_grad()
     def pattern_without(self, side: Side, rows: Int[Tensor, "*case source"]) -> Float[Tensor, "*case key"]:
         """The head's pattern at the destination, softmax recomputed, when these sources are gone (together)."""
-        return (self.scores - self._of(side).scores[rows].sum(-2)).softmax(-1)
+        return self.cap.softmax(self.scores - self._of(side).scores[rows].sum(-2))
 
     @torch.no_grad()
     def removals(self, side: Side) -> pd.DataFrame:
@@ -87,8 +91,9 @@ class ScoreTerms:
         Returns:
             `COLUMNS`, ``contribution`` (to the contrast), ``first_order`` and ``effect``, largest effect first.
         """
-        sources, pattern = self._of(side), self.scores.softmax(-1)
-        slope = pattern * (self.moved - pattern @ self.moved)  # d(sum_j pattern_j moved_j) / d score_j
+        sources, pattern = self._of(side), self.cap.softmax(self.scores)
+        # d(sum_j pattern_j moved_j) / d score_j
+        slope = self.cap.slope(self.scores) * pattern * (self.moved - pattern @ self.moved)
         alone = torch.arange(len(sources.scores), device=slope.device)[:, None]
         table = sources.table.copy()
         table["first_order"] = (sources.scores @ slope).cpu().numpy()
@@ -119,11 +124,11 @@ def score_terms(trace: Trace, layer: int, head: int, destination: int, source: i
         UnbalancedError: |sum - value| > 1e-5 * sum |term| (1e-10 for a model in float64).
     """
     destination, source = _pair(trace, layer, head, destination, source)
-    moved = torch.zeros_like(_pattern(trace, layer, head, destination))
-    moved[source] = 1
+    keys = seen_from(trace, layer, destination)
+    moved = (keys == source).to(trace.like)
     name = f"score of head {layer}.{head} from {destination} to {source} minus mean score"
-    weights = moved - _pattern(trace, layer, head, destination)
-    return _terms(trace, layer, head, destination, name, weights, moved)
+    weights = moved - _pattern(trace, layer, head, destination, keys)
+    return _terms(trace, layer, head, destination, name, weights, moved, keys)
 
 
 @torch.no_grad()
@@ -140,12 +145,14 @@ def output_terms(trace: Trace, target: Target, layer: int, head: int) -> ScoreTe
     trace.layer(layer)
     if layer not in trace.attention_before(target.place, target.layer):
         raise ValueError(f"head {layer}.{head} does not come before {target.name}")
-    here, _ = _pair(trace, layer, head, target.position, 0)
-    values = trace.cache[f"blocks.{layer}.attn.hook_v"][: here + 1, head]
-    moved = values @ (trace.model.W_O[layer, head] @ target.pulled_back(trace))
-    pattern = _pattern(trace, layer, head, here)
+    here, _ = _pair(trace, layer, head, target.position, target.position)
+    keys, block = seen_from(trace, layer, here), trace.block(layer)
+    W_O = block.W_O[head] @ target.pulled_back(trace) / trace.frozen_scale(block.after_attn)[here]
+    moved = trace.cache[f"blocks.{layer}.attn.hook_v"][keys, head // block.group] @ W_O
+    pattern = _pattern(trace, layer, head, here, keys)
+    slope = Cap.of(trace).slope(_scores(trace, layer, head, keys, here)) * pattern
     name = f"first-order effect of the scores of head {layer}.{head} on {target.name}"
-    return _terms(trace, layer, head, here, name, pattern * (moved - pattern @ moved), moved)
+    return _terms(trace, layer, head, here, name, slope * (moved - pattern @ moved), moved, keys)
 
 
 @torch.no_grad()
@@ -155,23 +162,19 @@ def score_target(trace: Trace, layer: int, head: int, destination: int, source: 
     "query": the number of `score_terms`, read at the destination. "key": the score itself, read at the source.
     """
     destination, source = _pair(trace, layer, head, destination, source)
-    seen = torch.arange(destination + 1, device=trace.like.device)
+    keys = seen_from(trace, layer, destination)
     name = f"{side} of head {layer}.{head} from {destination} to {source}"
     if side == "key":
-        query = read(trace, layer, head, "query", seen[-1:])[0] * score_scale(trace, layer)
-        reader = Rotation(trace, layer, seen[source : source + 1]).back(query)[0]
-        W, b = trace.model.W_K[layer, head], trace.model.b_K[layer, head]
-        return Target(name, "attn_in", layer, source, W @ reader, (b @ reader).item())
-    pattern = _pattern(trace, layer, head, destination)
-    keys = read(trace, layer, head, "key", seen)
-    contrast = (keys[source] - pattern @ keys) * score_scale(trace, layer)
-    reader = Rotation(trace, layer, seen[-1:]).back(contrast)[0]
-    W, b = trace.model.W_Q[layer, head], trace.model.b_Q[layer, head]
-    return Target(name, "attn_in", layer, destination, W @ reader, (b @ reader).item())
+        place, vector = source, read(trace, layer, head, "query", keys[-1:])[0]
+    else:
+        place, vectors = destination, read(trace, layer, head, "key", keys)
+        vector = vectors[keys == source][0] - _pattern(trace, layer, head, destination, keys) @ vectors
+    return Target(
+        name, "attn_in", layer, place, *reader_of(trace, layer, head, side, place, vector * score_scale(trace, layer))
+    )
 
 
-def _terms(trace, layer: int, head: int, here: int, name: str, weights: Tensor, moved: Tensor) -> ScoreTerms:
-    seen = torch.arange(here + 1, device=weights.device)
+def _terms(trace, layer, head, here, name: str, weights: Tensor, moved: Tensor, seen: Tensor) -> ScoreTerms:
     keys = read(trace, layer, head, "key", seen) * score_scale(trace, layer)
     query = read(trace, layer, head, "query", seen[-1:])[0] * score_scale(trace, layer)
     collected = Collected(trace, layer, head, "query", seen[-1:])
@@ -180,10 +183,18 @@ def _terms(trace, layer: int, head: int, here: int, name: str, weights: Tensor, 
     collected = Collected(trace, layer, head, "key", seen)
     k = collected.vectors(weights) * score_scale(trace, layer)
     key_side = Sources(_contributing(collected.table, k @ q.sum(0)), k, collected.scores(query))
-    scores = trace.cache[f"blocks.{layer}.attn.hook_attn_scores"][head, here, : here + 1]
+    scores = _scores(trace, layer, head, seen, here)
     value = (weights @ scores).item()
     _check(name, q, k, value, (weights * scores).abs().sum().item())
-    return ScoreTerms(name, query_side, key_side, value, scores, weights, moved)
+    return ScoreTerms(name, query_side, key_side, value, scores, weights, moved, seen, Cap.of(trace))
+
+
+def _scores(trace: Trace, layer: int, head: int, keys: Tensor, here: int) -> Float[Tensor, " key"]:
+    """The model's own scores; where it caps them, those before that are not among its hooks and made anew."""
+    if not Cap.of(trace).at:
+        return trace.cache[f"blocks.{layer}.attn.hook_attn_scores"][head, here, keys]
+    query, vectors = (read(trace, layer, head, side, at) for side, at in (("query", keys[-1:]), ("key", keys)))
+    return vectors @ query[0] * score_scale(trace, layer)
 
 
 def _check(name: str, q: Tensor, k: Tensor, value: float, rounding: float) -> None:
@@ -194,12 +205,12 @@ def _check(name: str, q: Tensor, k: Tensor, value: float, rounding: float) -> No
     if not abs(total - value) <= tolerance * max(size, rounding):
         raise UnbalancedError(
             f"the terms of the {name} sum to {total:.6f}, not {value:.6f}: "
-            "is this a GPT-2 or GPT-NeoX model without other edits?"
+            "is this a model of a supported family without other edits?"
         )
 
 
-def _pattern(trace: Trace, layer: int, head: int, destination: int) -> Float[Tensor, " key"]:
-    return trace.cache[f"blocks.{layer}.attn.hook_pattern"][head, destination, : destination + 1]
+def _pattern(trace: Trace, layer: int, head: int, destination: int, keys: Tensor) -> Float[Tensor, " key"]:
+    return trace.cache[f"blocks.{layer}.attn.hook_pattern"][head, destination, keys]
 
 
 def _pair(trace: Trace, layer: int, head: int, destination: int, source: int) -> tuple[int, int]:
@@ -208,6 +219,8 @@ def _pair(trace: Trace, layer: int, head: int, destination: int, source: int) ->
     destination, source = trace.position(destination), trace.position(source)
     if source > destination:
         raise ValueError(f"position {destination} cannot attend to position {source}, which comes after it")
+    if source not in seen_from(trace, layer, destination):
+        raise ValueError(f"position {source} is outside the sliding window of layer {layer} at position {destination}")
     return destination, source
 
 

@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tclib.activations import hook_in, hook_out
-from tclib.frozen import self_test
+from tclib.frozen import check
+from tclib.sources import sources
 from tclib.targets import Target
 from tclib.tracing import Trace
 
@@ -51,24 +51,29 @@ def attribute(trace: Trace, target: Target) -> pd.DataFrame:
 
     Raises:
         UnbalancedError: |sum - value| > 1e-5 * sum |contribution| (1e-10 for a model in float64).
-        NotFrozenError: the model does not answer as its weights say; see `tclib.frozen.self_test`, run first.
+        NotFrozenError: the model does not answer as its weights say; see `tclib.frozen.check`, run first.
     """
-    self_test(trace)
+    check(trace)
     direction, scale = target.pulled_back(trace), target.scale(trace)
-    here = target.position
-    rows = [
-        _row("embedding", here, trace.cache["hook_embed"][here] @ direction),
-        _row("target_bias", here, target.bias),
-    ]
-    if "hook_pos_embed" in trace.cache:
-        rows.append(_row("position", here, trace.cache["hook_pos_embed"][here] @ direction))
+    here = torch.tensor([target.position], device=direction.device)
+    columns: dict[str, list] = {name: [] for name in COLUMNS}
+    for source in sources(trace, trace.stage(target.place, target.layer)):
+        items = source.items(here)
+        amounts, along = source.amounts(here, items)[0], source.along(items, direction[:, None])[:, 0]
+        given = {"kind": source.kind, "layer": source.layer, "position": target.position} | source.columns(items)
+        given["contribution"] = (amounts * along).tolist()
+        if source.kind in ("feature", "head"):
+            given["input_dependent"] = (amounts / scale).tolist()
+        if source.kind == "feature":
+            given["input_invariant"] = (along * scale).tolist()
+        _add(columns, len(items), given)
+    biases = {"target_bias": target.bias}
     if trace.gain(target.place, target.layer)[1].any():
-        rows.append(_row("norm_bias", here, target.norm_bias(trace)))
-    for layer in trace.attention_before(target.place, target.layer):
-        rows += _attention(trace, layer, here, direction, scale)
-    for layer in range(target.layer):
-        rows += _mlp(trace, layer, here, direction, scale)
-    table = pd.DataFrame(rows, columns=COLUMNS).astype({c: "Int64" for c in ("layer", "head", "feature")})
+        biases["norm_bias"] = target.norm_bias(trace)
+    for kind, contribution in biases.items():
+        _add(columns, 1, {"kind": kind, "position": target.position, "contribution": contribution})
+    table = pd.DataFrame(columns).astype({c: "Int64" for c in ("layer", "head", "feature")})
+    table = table.astype({c: float for c in ("input_dependent", "input_invariant", "contribution")})
     table["token"] = [trace.token_strings[p] for p in table["position"]]
     table = table.sort_values("contribution", key=abs, ascending=False, ignore_index=True)
     without = [layer for layer in range(target.layer) if layer not in trace.transcoders]
@@ -86,47 +91,12 @@ def check_balance(table: pd.DataFrame, tolerance: float = 1e-5) -> None:
     if not gap <= tolerance * size:
         raise UnbalancedError(
             f"the contributions to {table.attrs['target']} sum to {total:.6f}, not {table.attrs['value']:.6f}: "
-            "is this a GPT-2 or GPT-NeoX model without other edits?"
+            "is this a model of a supported family without other edits?"
         )
 
 
-def _row(kind: str, position: int, contribution: Tensor | float, **columns) -> dict:
-    return {"kind": kind, "position": position, "contribution": float(contribution), **columns}
-
-
-def _attention(trace: Trace, layer: int, here: int, direction: Tensor, scale: float) -> list[dict]:
-    model, cache = trace.model, trace.cache
-    pattern = cache[f"blocks.{layer}.attn.hook_pattern"][:, here, : here + 1]  # [head, source]
-    values = cache[f"blocks.{layer}.attn.hook_v"][: here + 1]  # [source, head, d_head]
-    readers = model.W_O[layer] @ direction  # [head, d_head]
-    b_V = model.b_V[layer]  # [head, d_head]
-    through = pattern * torch.einsum("shd,hd->hs", values - b_V, readers)
-    rows = [_row("attention_bias", here, model.b_O[layer] @ direction, layer=layer)]
-    if b_V.any():
-        by_head = (pattern.sum(-1) * (b_V * readers).sum(-1)).tolist()
-        rows += [_row("value_bias", here, bias, layer=layer, head=head) for head, bias in enumerate(by_head)]
-    weights = (pattern / scale).tolist()
-    for head, by_source in enumerate(through.tolist()):
-        for source, contribution in enumerate(by_source):
-            weight = weights[head][source]
-            rows.append(_row("head", source, contribution, layer=layer, head=head, input_dependent=weight))
-    return rows
-
-
-def _mlp(trace: Trace, layer: int, here: int, direction: Tensor, scale: float) -> list[dict]:
-    out = trace.cache[hook_out(layer)][here]
-    if layer not in trace.transcoders:
-        return [_row("mlp", here, out @ direction, layer=layer)]
-    transcoder, z = trace.transcoders[layer], trace.features[layer][here]
-    x = trace.cache[hook_in(layer)][here]
-    active = z.nonzero().squeeze(-1)
-    dependent, invariant = z[active] / scale, transcoder.W_dec[active] @ direction * scale
-    rows = [
-        _row("feature", here, d * i, layer=layer, feature=index, input_dependent=d, input_invariant=i)
-        for index, d, i in zip(active.tolist(), dependent.tolist(), invariant.tolist(), strict=True)
-    ]
-    if transcoder.W_skip is not None:
-        rows.append(_row("skip", here, x @ transcoder.W_skip @ direction, layer=layer))
-    rows.append(_row("error", here, (out - transcoder.decode(z, x)) @ direction, layer=layer))
-    rows.append(_row("transcoder_bias", here, transcoder.b_dec @ direction, layer=layer))
-    return rows
+def _add(columns: dict[str, list], count: int, given: dict) -> None:
+    """Add rows; what is no list is the same in all of them."""
+    for name, column in columns.items():
+        value = given.get(name)
+        column += value if isinstance(value, list) else [value] * count

@@ -43,7 +43,11 @@ class Bounds:
 
 def _inner_norms(graph: PromptGraph, readers: Tensor, before: int) -> Float[Tensor, "state layer head"]:
     """``|W_O reader|`` of each head."""
-    return torch.stack([torch.einsum("hde,ne->nhd", W_O, readers).norm(dim=-1) for W_O in graph.W_O[:before]], 1)
+    return torch.stack([torch.einsum("hde,ne->nhd", W_O, readers).norm(dim=-1) for W_O in _outputs(graph, before)], 1)
+
+
+def _outputs(graph: PromptGraph, before: int) -> list[Float[Tensor, "head d_head d_model"]]:
+    return [graph.trace.block(layer).W_O for layer in range(before)]
 
 
 @torch.no_grad()
@@ -69,9 +73,10 @@ def suffix_bounds(graph: PromptGraph, ends_anywhere: bool = False) -> Bounds:
 
 def _joint_norms(graph: PromptGraph, layer: int) -> Float[Tensor, "head before second"]:
     """How much longer each head's reader can become on its way into each earlier head, at LayerNorm scale 1."""
-    into = graph.W_V[layer] * graph.trace.gain("attn_in", layer)[0][:, None]
-    into = into - into.mean(1, keepdim=True)
-    through = [torch.einsum("gde,hec->hgdc", W_O, into) for W_O in graph.W_O[:layer]]
+    trace, block = graph.trace, graph.trace.block(layer)
+    into = (block.W_V * trace.gain("attn_in", layer)[0][:, None]).mT
+    into = block.per_head(trace.centre("attn_in", layer, into).mT)
+    through = [torch.einsum("gde,hec->hgdc", W_O, into) for W_O in _outputs(graph, layer)]
     return torch.stack([torch.linalg.matrix_norm(both, 2) for both in through], 1) if layer else into[:, :0, 0]
 
 
@@ -80,13 +85,13 @@ def _reach(bounds: Bounds, joint: Tensor, layer: int, position: int, ends_anywhe
     graph, trace = bounds.graph, bounds.graph.trace
     scale, (gain, bias) = trace.scale("attn_in", layer)[position], trace.gain("attn_in", layer)
     start, end = graph.starts[position : position + 2].tolist()
-    early = graph.stages[start:end] <= graph.stage("attn_in", layer)
+    early = graph.stages[start:end] <= trace.stage("attn_in", layer)
     rows = (graph.writes[start:end] * bounds.gains[start:end, None])[early]
-    rows = torch.cat([(rows - rows.mean(-1, keepdim=True)) / scale * gain, bias[None]])
-    pulled = torch.einsum("ne,hed->hnd", rows, graph.W_V[layer])
+    rows = torch.cat([trace.centre("attn_in", layer, rows) / scale * gain, bias[None]])
+    block = trace.block(layer)
+    pulled = block.per_head(torch.einsum("ne,hed->hnd", rows, block.W_V))
     if ends_anywhere:  # the head's own value is the end of a path too
-        value = trace.cache[f"blocks.{layer}.attn.hook_v"][position] - trace.model.b_V[layer]
-        pulled = torch.cat([pulled, value[:, None]], 1)
+        pulled = torch.cat([pulled, trace.values(layer)[position][:, None]], 1)
     longest = pulled.norm(dim=-1).amax(1)
     if layer:  # through a second head
         weighted = graph.patterns[:layer, :, position].transpose(1, 2) * bounds.reach[:layer]  # [layer, source, head]
@@ -106,7 +111,7 @@ def _fill_gains(bounds: Bounds, layer: int, position: int, ends_anywhere: bool) 
     transcoder, index = trace.transcoders[layer], graph.indices[own]
     where = torch.full_like(own, position)
     readers = trace.pull_norm("mlp_in", layer, transcoder.W_enc[:, index].T, where)
-    reads = torch.full_like(own, graph.stage("mlp_in", layer))
+    reads = torch.full_like(own, trace.stage("mlp_in", layer))
     states = States(readers, reads, where, transcoder.b_enc[index], torch.zeros_like(transcoder.b_enc[index]))
     for table in graph.tables(states):
         best = bounds.beyond(states, table).amax(1) / graph.activations[own]

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import hook_in
+from tclib.activations import hook_in, norm_after
+from tclib.blocks import Block, embeddings
 from tclib.inputs import check_layers, check_tokens, whole, words
 from tclib.targets import Target
 from tclib.tracing import Trace, check_belongs, check_dtype
@@ -27,7 +28,7 @@ Head = tuple[int, int]  # (layer, head)
 def reader(trace: Trace, target: Target, heads: Sequence[Head] = ()) -> Float[Tensor, " d_model"]:
     """The direction that a target reads, carried back through the OV circuits of ``heads``, the last one first.
 
-    ``r <- W_V W_O r`` for each head, and LayerNorm's gain and centring at each place; no pattern, no scale.
+    ``r <- W_V W_O r`` for each head, and each norm's gain and centring; no pattern, no scale.
 
     Raises:
         ValueError: a head that does not come before what reads it.
@@ -37,9 +38,9 @@ def reader(trace: Trace, target: Target, heads: Sequence[Head] = ()) -> Float[Te
         at, head = trace.layer(at), trace.head(head)
         if at not in trace.attention_before(place, layer):
             raise ValueError(f"head {at}.{head} does not come before {place} of layer {layer}")
-        vector = trace.model.W_V[at, head] @ (trace.model.W_O[at, head] @ vector)
-        vector = vector * trace.gain("attn_in", at)[0]
-        vector, place, layer = vector - vector.mean(), "attn_in", at
+        W_V, W_O = trace.block(at).head(head)
+        vector = W_V @ (W_O @ vector) * trace.gain("attn_in", at)[0]
+        vector, place, layer = trace.centre("attn_in", at, vector), "attn_in", at
     return vector
 
 
@@ -57,7 +58,7 @@ def pullback(trace: Trace, target: Target, layer: int, heads: Sequence[Head] = (
     before = heads[-1][0] if heads else target.layer
     if layer >= before:
         raise ValueError(f"the features of layer {layer} are written after layer {before} reads")
-    return _ranked(transcoder.W_dec @ reader(trace, target, heads), "input_invariant")
+    return _ranked(transcoder.W_dec @ _before(trace, layer, reader(trace, target, heads)), "input_invariant")
 
 
 @torch.no_grad()
@@ -67,7 +68,7 @@ def de_embed(trace: Trace, target: Target, heads: Sequence[Head] = ()) -> pd.Ser
     Returns:
         A Series by token string, largest first.
     """
-    scores = trace.model.W_E @ reader(trace, target, heads)
+    scores = embeddings(trace.model) @ reader(trace, target, heads)
     return _ranked(scores, "de_embedding", _vocabulary(trace.model))
 
 
@@ -78,9 +79,11 @@ def made_by_mlp0(trace: Trace) -> Float[Tensor, "vocab d_model"]:
     Raises:
         ValueError: layer 0 has no transcoder.
     """
-    first, W_E = trace.transcoders[trace.layer(0, with_transcoder=True)], trace.model.W_E
-    normalised = torch.nn.functional.layer_norm(W_E, W_E.shape[-1:], eps=trace.model.cfg.eps)
-    return torch.cat([first(part) for part in normalised.split(1024)])
+    first, norm = trace.transcoders[trace.layer(0, with_transcoder=True)], trace.norm("mlp_in", 0)
+    written = embeddings(trace.model)
+    if trace.after_mlp(0) is not None:
+        raise ValueError("the transcoder of layer 0 writes through a norm, whose scale depends on the whole MLP")
+    return torch.cat([first(part if norm is None else norm.normalised(part)) for part in written.split(1024)])
 
 
 @torch.no_grad()
@@ -105,7 +108,7 @@ def de_embed_through_mlp0(
     """
     if (heads[-1][0] if heads else target.layer) < 1:
         raise ValueError(f"{target.name} is read before MLP0 has written")
-    W_E, direction = trace.model.W_E, reader(trace, target, heads)
+    W_E, direction = embeddings(trace.model), reader(trace, target, heads)
     through = (made_by_mlp0(trace) if made is None else made) @ direction
     columns = {"direct": W_E @ direction, "through_mlp0": through}
     table = pd.DataFrame({name: c.cpu().numpy() for name, c in columns.items()}, index=_vocabulary(trace.model))
@@ -122,7 +125,8 @@ def logit_lens(trace: Trace, layer: int, index: int) -> pd.Series:
     """
     index = trace.feature(layer, index)
     f_dec = trace.transcoders[layer].W_dec[index]
-    scores = ((f_dec - f_dec.mean()) * trace.gain("final", trace.model.cfg.n_layers)[0]) @ trace.model.W_U
+    readers = trace.gain("final", 0)[0][:, None] * trace.model.W_U
+    scores = f_dec @ _before(trace, layer, trace.centre("final", 0, readers.T)).T
     return _ranked(scores - scores.mean(), "logit_lens", _vocabulary(trace.model))
 
 
@@ -135,8 +139,12 @@ def ov_connections(trace: Trace, target: Target, layer: int, index: int) -> pd.D
     """
     index = trace.feature(layer, index)
     f_dec = trace.transcoders[layer].W_dec[index]
+
+    def through(at: int, head: int) -> Tensor:
+        return _before(trace, layer, reader(trace, target, [(at, head)]))
+
     rows = [
-        {"layer": at, "head": head, "input_invariant": (f_dec @ reader(trace, target, [(at, head)])).item()}
+        {"layer": at, "head": head, "input_invariant": (f_dec @ through(at, head)).item()}
         for at in trace.attention_before(target.place, target.layer)
         if at > layer
         for head in range(trace.model.cfg.n_heads)
@@ -180,9 +188,11 @@ def data_weighted(
         check_dtype(model, layer, transcoders[layer])
     index = whole("feature", index, target.config.d_features, f"the transcoder of layer {target_layer}")
     tokens = check_tokens(model, tokens)
-    invariant = source.W_dec @ (target.W_enc[:, index] - target.W_enc[:, index].mean())
-    scale_name = f"blocks.{target_layer}.ln2.hook_scale"
-    names = {hook_in(source_layer), hook_in(target_layer), scale_name}
+    norm, after = Block.of(model, target_layer).before_mlp, norm_after(model, source_layer, source.config.hook_out)
+    reads = target.W_enc[:, index] if norm is None else norm.centre(target.W_enc[:, index])
+    invariant = source.W_dec @ (reads if after is None else after.centre(reads * after.gain))
+    scales = [f"{n.hook}.hook_scale" for n in (norm, after) if n is not None]
+    names = {hook_in(source_layer), hook_in(target_layer), *scales}
     masked, weighted = torch.zeros_like(invariant), torch.zeros_like(invariant)
     fired, count = 0.0, 0
     for rows in tokens.split(batch_size):
@@ -190,7 +200,9 @@ def data_weighted(
         _, cache = model.run_with_cache(rows, names_filter=names.__contains__, stop_at_layer=target_layer + 1)
         keep = words(model, rows)
         z = target.encode(cache[hook_in(target_layer)][keep])[:, index]
-        dependent = source.encode(cache[hook_in(source_layer)][keep]) / cache[scale_name][keep]
+        dependent = source.encode(cache[hook_in(source_layer)][keep])
+        for scale in scales:
+            dependent = dependent / cache[scale][keep]
         masked += (z > 0).to(z) @ dependent
         weighted += z @ dependent
         fired, count = fired + z.sum().item(), count + len(z)
@@ -215,6 +227,12 @@ def overlap(a: pd.Series, b: pd.Series, ks: Sequence[int] = (10, 20, 50)) -> pd.
         for k in ks
     ]
     return pd.DataFrame(rows)
+
+
+def _before(trace: Trace, layer: int, readers: Tensor) -> Tensor:
+    """Readers of the stream as readers of a layer's transcoder, whose output may pass a norm (without its scale)."""
+    after = trace.after_mlp(layer)
+    return readers if after is None else after.centre(readers * after.gain)
 
 
 def _ranked(scores: Tensor, name: str, index: list[str] | None = None) -> pd.Series:

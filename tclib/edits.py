@@ -18,6 +18,7 @@ from torch import Tensor
 from tclib import intervene
 from tclib.activations import hook_out
 from tclib.effects import Readers, Sources
+from tclib.sources import of_mlp
 from tclib.targets import Target
 from tclib.tracing import Trace
 
@@ -74,7 +75,7 @@ def predict(
     change = _new(edits, old) - old
     if direct:
         readers = torch.stack([t.pulled_back(trace) for t in targets])
-        written = torch.stack([trace.transcoders[e.layer].W_dec[e.feature] for e in edits.itertuples()])
+        written = torch.stack([_written(trace, e.layer, e.position, e.feature) for e in edits.itertuples()])
         reached = [[e.layer < t.layer and e.position == t.position for t in targets] for e in edits.itertuples()]
         return change[:, None] * (written @ readers.T) * torch.tensor(reached, device=change.device)
     sources = Sources(trace)
@@ -87,6 +88,12 @@ def predict(
     return effects[:, index].T * (change / old)[:, None]
 
 
+def _written(trace: Trace, layer: int, position: int, feature: int) -> Float[Tensor, " d_model"]:
+    """What a feature of activation 1 writes to the stream at a position."""
+    features = next(of_mlp(trace, layer))
+    return features.vectors(torch.tensor([feature], device=features.z.device))[0] * features.over[position]
+
+
 @torch.no_grad()
 def measure(
     trace: Trace, edits: pd.DataFrame, targets: Sequence[Target], held: Sequence[intervene.Held] = ()
@@ -96,7 +103,7 @@ def measure(
     old = _old(trace, edits)
     change = _new(edits, old) - old
     before = change.new_tensor([t.value(trace) for t in targets])
-    needed = {name for name in trace.cache if "hook_resid" in name or name.endswith("hook_scale")}
+    needed = {name for name in trace.cache if "hook_resid" in name or name.endswith(("hook_scale", "hook_embed"))}
     out = change.new_zeros(len(edits), len(targets))
     for start in range(0, len(edits), ROWS):
         part = edits.iloc[start : start + ROWS]
@@ -119,7 +126,7 @@ def _edit(trace: Trace, edits: pd.DataFrame, change: Tensor) -> list[intervene.H
         index = torch.tensor(here["feature"].tolist(), device=change.device)
         positions = torch.tensor(here["position"].tolist(), device=change.device)
         added[rows, positions] = change[rows, None] * trace.transcoders[layer].W_dec[index]
-        hooks.append((hook_out(layer), lambda y, hook, added=added: y + added))
+        hooks.append((trace.transcoders[layer].config.hook_out, lambda y, hook, added=added: y + added))
     return hooks
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tclib.activations import hook_in, hook_out
+from tclib.sources import Biases, Features, of_attention, of_mlp, skip_path
 from tclib.targets import Target
 from tclib.tracing import Trace
 
@@ -43,7 +43,7 @@ class Readers:
         return cls(
             torch.stack([t.pulled_back(trace) for t in targets]),
             torch.tensor([t.position for t in targets], device=like.device),
-            torch.tensor([_stage(trace, t.place, t.layer) for t in targets], device=like.device),
+            torch.tensor([trace.stage(t.place, t.layer) for t in targets], device=like.device),
             like.new_tensor([t.bias + t.norm_bias(trace) for t in targets]),
             like.new_tensor([t.value(trace) for t in targets]),
         )
@@ -59,7 +59,7 @@ class Readers:
             positions = torch.tensor(table["position"].tolist(), device=trace.like.device)
             vectors = trace.pull_norm("mlp_in", layer, transcoder.W_enc[:, index].T, positions)
             values = (vectors * trace.residual("mlp_in", layer)[positions]).sum(-1) + transcoder.b_enc[index]
-            stages = torch.full_like(positions, _stage(trace, "mlp_in", layer))
+            stages = torch.full_like(positions, trace.stage("mlp_in", layer))
             parts.append(cls(vectors, positions, stages, transcoder.b_enc[index], values))
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
@@ -89,12 +89,12 @@ class Sources:
             self._collect(layer)
         self.embeddings = [trace.cache[n] for n in ("hook_embed", "hook_pos_embed") if n in trace.cache]
         self.others = self._list_others()
-        cfg = trace.model.cfg
-        W_O, W_V = trace.model.W_O, trace.model.W_V  # these properties copy: once each
-        self.W_O = [w.reshape(-1, cfg.d_model).T for w in W_O]  # [d_model, head * d_head]
-        gains = [trace.gain("attn_in", layer)[0] for layer in range(cfg.n_layers)]
-        scaled = [w.transpose(1, 2) * g for w, g in zip(W_V, gains, strict=True)]  # [head, d_head, d_model]
-        self.W_V = [w - w.mean(-1, keepdim=True) for w in scaled]
+        blocks = [trace.block(layer) for layer in range(trace.model.cfg.n_layers)]
+        self.W_O = [block.W_O.flatten(0, 1).T for block in blocks]  # [d_model, head * d_head]
+        gains = [trace.gain("attn_in", layer)[0] for layer in range(len(blocks))]
+        scaled = [block.W_V.mT * gain for block, gain in zip(blocks, gains, strict=True)]
+        # [value head, d_head, d_model]
+        self.W_V = [trace.centre("attn_in", layer, w) for layer, w in enumerate(scaled)]
 
     @property
     def width(self) -> int:
@@ -155,10 +155,12 @@ class Sources:
         """Readers of attention's output as readers of its values, at the positions where those are taken."""
         seen, count, width = gradient.shape
         pattern = self._pattern(layer, seen)
-        heads, d_head, _ = self.W_V[layer].shape
+        (heads, _, _), (kept, d_head, _) = pattern.shape, self.W_V[layer].shape
         read = (gradient.reshape(-1, width) @ self.W_O[layer]).view(seen, count, heads, d_head)
         moved = pattern.mT @ read.permute(2, 0, 1, 3).reshape(heads, seen, count * d_head)
-        return moved.view(heads, seen, count, d_head).permute(1, 2, 0, 3).reshape(seen, count, heads * d_head)
+        if heads > kept:  # heads that share their values
+            moved = moved.view(kept, heads // kept, seen, count * d_head).sum(1)
+        return moved.view(kept, seen, count, d_head).permute(1, 2, 0, 3).reshape(seen, count, kept * d_head)
 
     def _first(self, vectors: Tensor, layer: int, seen: int) -> Tensor:
         """Attention's first step, from one position to all: per head once, then spread, is cheaper there."""
@@ -167,7 +169,7 @@ class Sources:
             return gradient
         pattern = self._pattern(layer, seen)[:, -1]  # [head, source]
         values = (vectors @ self.W_O[layer]).view(len(vectors), len(pattern), -1)
-        by_head = values.transpose(0, 1) @ self.W_V[layer]  # [head, reader, d_model]
+        by_head = values.transpose(0, 1) @ self.trace.block(layer).per_head(self.W_V[layer])  # [head, reader, d_model]
         gradient.view(seen, -1).addmm_(pattern.T, by_head.reshape(len(pattern), -1))
         return gradient
 
@@ -176,11 +178,14 @@ class Sources:
         if transcoder is None or transcoder.W_skip is None:
             return gradient
         where = torch.arange(gradient.shape[0], device=gradient.device)[:, None].expand(gradient.shape[:2])
-        return gradient + self.trace.pull_norm("mlp_in", layer, gradient @ transcoder.W_skip.T, where)
+        after = self.trace.after_mlp(layer)
+        written = gradient
+        if after is not None:
+            written = after.centre(gradient * after.gain) / self.trace.frozen_scale(after)[where, None]
+        return gradient + self.trace.pull_norm("mlp_in", layer, written @ transcoder.W_skip.T, where)
 
     def _pattern(self, layer: int, seen: int) -> Float[Tensor, "head to source"]:
-        pattern = self.trace.cache[f"blocks.{layer}.attn.hook_pattern"][:, :seen, :seen]
-        return pattern / self.trace.scale("attn_in", layer)[:seen]
+        return self.trace.pattern(layer)[:, :seen, :seen] / self.trace.scale("attn_in", layer)[:seen]
 
     def _at(self, vectors: Tensor, seen: int) -> Float[Tensor, "source reader d_model"]:
         gradient = vectors.new_zeros(seen, *vectors.shape)
@@ -188,20 +193,15 @@ class Sources:
         return gradient
 
     def _collect(self, layer: int) -> None:
-        out = self.trace.cache[hook_out(layer)]
-        if layer not in self.trace.transcoders:
-            self.errors[layer], self.starts[layer] = out, [0] * (self.pos + 1)
-            self.written[layer] = out[:0]
-            return
-        transcoder, z = self.trace.transcoders[layer], self.trace.features[layer]
+        every = torch.arange(self.pos, device=self.trace.like.device)
         before = int((self.features["layer"] < layer).sum())
-        positions, index = z.nonzero(as_tuple=True)
-        self.written[layer] = transcoder.W_dec[index] * z[positions, index, None]
-        self.starts[layer] = [before, *(before + (z != 0).sum(-1).cumsum(0)).tolist()]
-        decoded = torch.zeros_like(out).index_add_(0, positions, self.written[layer]) + transcoder.b_dec
-        if transcoder.W_skip is not None:
-            decoded += self.trace.cache[hook_in(layer)] @ transcoder.W_skip
-        self.errors[layer] = out - decoded
+        self.written[layer], self.starts[layer] = self.trace.like[:0], [before] * (self.pos + 1)
+        for source in of_mlp(self.trace, layer):
+            if isinstance(source, Features):
+                self.written[layer] = source.written[2]
+                self.starts[layer] = [before, *(before + (source.z != 0).sum(-1).cumsum(0)).tolist()]
+            elif source.kind in ("error", "mlp"):
+                self.errors[layer] = source.vectors(every)
 
     def _list_others(self) -> pd.DataFrame:
         layers, positions = range(self.trace.model.cfg.n_layers), range(self.pos)
@@ -212,12 +212,29 @@ class Sources:
         return pd.DataFrame([*rows, {"kind": "bias"}])
 
 
+def shares(effects: Float[Tensor, "target source"]) -> Float[Tensor, "target source"]:
+    """Absolute effects, each row divided by its sum (rows of zeros stay zero)."""
+    size = effects.abs()
+    return size / size.sum(1, keepdim=True).clamp(min=1e-10)
+
+
+def influence_of_columns(
+    effects: Float[Tensor, "row source"], weights: Float[Tensor, " target"], known: Int[Tensor, " feature"]
+) -> Float[Tensor, " source"]:
+    """`tclib.pruning.influence` where only some features' rows are known: ``effects`` has theirs, then the targets'.
+
+    The last source is the bias and takes no share.
+    """
+    share = shares(torch.cat([effects[:, :-1], torch.zeros_like(effects[:, -1:])], 1))
+    total, current = 0, weights @ share[len(known) :]
+    while current.any():
+        total = total + current
+        current = current[known] @ share[: len(known)]
+    return total
+
+
 def _dot(gradient: Float[Tensor, "s n d"], vectors: Float[Tensor, "s d"]) -> Float[Tensor, "n s"]:
     return (gradient @ vectors[:, :, None])[..., 0].T
-
-
-def _stage(trace: Trace, place: str, layer: int) -> int:
-    return layer + len(trace.attention_before(place, layer))
 
 
 def _active(layer: int, z: Tensor | None) -> pd.DataFrame:
@@ -231,24 +248,19 @@ def _active(layer: int, z: Tensor | None) -> pd.DataFrame:
 
 def _constants(trace: Trace) -> Float[Tensor, "stage pos d_model"]:
     """The residual stream at every stage as it were if biases alone had written to it."""
-    model, stream = trace.model, torch.zeros_like(trace.residual("final", 0))
-    stages = []
-    W_V, W_O, b_V, b_O = model.W_V, model.W_O, model.b_V, model.b_O
-    for layer in range(model.cfg.n_layers):
-        gain, bias = trace.gain("attn_in", layer)
-        read = _normalise(stream, trace.scale("attn_in", layer)) * gain + bias
-        values = torch.einsum("sd,hde->hse", read, W_V[layer]) + b_V[layer][:, None]
-        moved = trace.cache[f"blocks.{layer}.attn.hook_pattern"] @ values
-        after = stream + torch.einsum("hte,hed->td", moved, W_O[layer]) + b_O[layer]
-        stages += [stream, after]
-        mlp_reads = stream if trace.parallel else after
-        stream = after
-        if (transcoder := trace.transcoders.get(layer)) is not None:
-            stream = stream + transcoder.b_dec
-            if transcoder.W_skip is not None:
-                stream = stream + _normalise(mlp_reads, trace.scale("mlp_in", layer)) @ transcoder.W_skip
+    stream, stages = torch.zeros_like(trace.like), []
+    for layer in range(trace.model.cfg.n_layers):
+        block, (gain, bias) = trace.block(layer), trace.gain("attn_in", layer)
+        read = trace.normalised("attn_in", layer, stream) * gain + bias
+        moved = trace.pattern(layer) @ block.per_head(torch.einsum("sd,hde->hse", read, block.W_V))
+        after = stream + torch.einsum("hte,hed->td", moved, block.W_O)
+        biases = [source for source in of_attention(trace, layer) if isinstance(source, Biases)]
+        stages += [stream, sum((source.over @ source.biases for source in biases), after)]
+        read, stream = trace.normalised("mlp_in", layer, stages[-2 if trace.parallel else -1]), stages[-1]
+        for source in of_mlp(trace, layer):
+            if isinstance(source, Biases):
+                stream = stream + source.over @ source.biases
+            elif source.kind == "skip":
+                stream = stream + skip_path(trace, layer, read)
     return torch.stack([*stages, stream])
 
-
-def _normalise(stream: Tensor, scale: Tensor) -> Tensor:
-    return (stream - stream.mean(-1, keepdim=True)) / scale[:, None]

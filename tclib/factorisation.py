@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tclib.activations import hook_in, hook_out
+from tclib.sources import of_mlp
 from tclib.tracing import Trace
 from tclib.transcoder import Transcoder
 
@@ -25,25 +26,32 @@ def by_features(trace: Trace, layer: int, position: int, direction: Float[Tensor
         ``unit`` (feature index or a name), ``input_dependent``, ``input_invariant`` and their product
         ``contribution``; the rows that are no features have a contribution alone.
     """
-    transcoder, position = trace.transcoders[trace.layer(layer, with_transcoder=True)], trace.position(position)
-    z, x = trace.features[layer][position], trace.cache[hook_in(layer)][position]
-    active = z.nonzero().squeeze(-1)
-    rest = {"bias": transcoder.b_dec, "error": trace.cache[hook_out(layer)][position] - transcoder.decode(z, x)}
-    if transcoder.W_skip is not None:
-        rest["skip"] = x @ transcoder.W_skip
-    return _table(active, z[active], transcoder.W_dec[active] @ direction, rest, direction)
+    here = torch.tensor([trace.position(position)], device=direction.device)
+    features, *others = of_mlp(trace, trace.layer(layer, with_transcoder=True))
+    active = features.items(here)
+    rest = {}
+    for source in others:
+        items = source.items(here)
+        name = "bias" if source.kind == "transcoder_bias" else source.kind
+        rest[name] = source.amounts(here, items)[0] @ source.vectors(items)
+    rest = dict(sorted(rest.items()))
+    dependent, invariant = features.amounts(here, active)[0], features.along(active, direction[:, None])[:, 0]
+    return _table(active, dependent, invariant, rest, direction)
 
 
 @torch.no_grad()
 def by_neurons(trace: Trace, layer: int, position: int, direction: Float[Tensor, " d_model"]) -> pd.DataFrame:
-    """One row per neuron, all of them active: ``gelu(x W_in + b_in) * (W_out . direction)``; and ``bias``, b_out."""
+    """One row per neuron, all of them active: ``gelu(x W_in + b_in) * (W_out . direction)``; and ``bias``, b_out.
+
+    The neurons of a gated MLP are the units before its last matrix: ``silu(x W_gate) * x W_in``.
+    """
     model, x = trace.model, trace.cache[hook_in(trace.layer(layer))][trace.position(position)]
-    W_out = model.W_out[layer]
-    mlp = model.blocks[layer].mlp
+    mlp, direction = model.blocks[layer].mlp, _before_norm(trace, layer, position, direction)
     post = []
     with model.hooks(fwd_hooks=[(f"blocks.{layer}.mlp.hook_post", lambda value, hook: post.append(value))]):
         mlp(_gained(trace, layer, x)[None, None])
-    return _table(torch.arange(len(W_out)), post[0][0, 0], W_out @ direction, {"bias": model.b_out[layer]}, direction)
+    bias = {"bias": torch.zeros_like(direction) if mlp.b_out is None else mlp.b_out}
+    return _table(torch.arange(len(mlp.W_out)), post[0][0, 0], mlp.W_out @ direction, bias, direction)
 
 
 @torch.no_grad()
@@ -62,7 +70,7 @@ def by_sae(
         raise ValueError(f"this needs an SAE of {hook_in(layer)}; the one given reads {sae.config.hook_in}")
     position = trace.position(position)
     x, out = trace.cache[hook_in(layer)][position], trace.cache[hook_out(layer)][position]
-    pulled = jacobian_pullback(trace, layer, x, direction)
+    pulled = jacobian_pullback(trace, layer, x, _before_norm(trace, layer, position, direction))
     z = sae.encode(x)
     active = z.nonzero().squeeze(-1)
     rest = {"bias": sae.b_dec, "error": x - sae.decode(z, x)}
@@ -90,8 +98,14 @@ def terms_holding(contributions: pd.Series, share: float = 0.9) -> int:
 
 
 def _gained(trace: Trace, layer: int, x: Tensor) -> Tensor:
-    norm = trace.model.blocks[layer].ln2
-    return x * norm.weight.detach() + norm.bias.detach()
+    norm = trace.norm("mlp_in", layer)
+    return x if norm is None else x * norm.gain + norm.bias
+
+
+def _before_norm(trace: Trace, layer: int, position: int, direction: Tensor) -> Tensor:
+    """A direction in the stream as one in the MLP's output, where a norm comes between."""
+    after = trace.block(layer).after_mlp
+    return direction if after is None else after.centre(direction * after.gain) / trace.frozen_scale(after)[position]
 
 
 def _table(units: Tensor, dependent: Tensor, invariant: Tensor, rest: dict[str, Tensor], direction: Tensor):

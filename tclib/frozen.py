@@ -34,15 +34,16 @@ def propagate(trace: Trace, change: Float[Tensor, "pos d_model"]) -> dict[str, F
     Returns:
         The change of ``blocks.{layer}.ln2.hook_normalized`` for every layer and of ``ln_final.hook_normalized``.
     """
-    model, arrives = trace.model, {}
-    for layer in range(model.cfg.n_layers):
-        read = _normalise(trace, "attn_in", layer, change) * trace.gain("attn_in", layer)[0]
-        values = torch.einsum("sd,hde->hse", read, model.W_V[layer])
-        moved = torch.einsum("hts,hse->hte", trace.cache[f"blocks.{layer}.attn.hook_pattern"], values)
-        after = change + torch.einsum("hte,hed->td", moved, model.W_O[layer])
-        arrives[hook_in(layer)] = _normalise(trace, "mlp_in", layer, change if trace.parallel else after)
+    arrives = {}
+    for layer in range(trace.model.cfg.n_layers):
+        block = trace.block(layer)
+        read = trace.normalised("attn_in", layer, change) * trace.gain("attn_in", layer)[0]
+        values = block.per_head(torch.einsum("sd,hde->hse", read, block.W_V))
+        moved = torch.einsum("hts,hse->hte", trace.pattern(layer), values)
+        after = change + torch.einsum("hte,hed->td", moved, block.W_O)
+        arrives[hook_in(layer)] = trace.normalised("mlp_in", layer, change if trace.parallel else after)
         change = after
-    arrives["ln_final.hook_normalized"] = _normalise(trace, "final", model.cfg.n_layers, change)
+    arrives["ln_final.hook_normalized"] = trace.normalised("final", trace.model.cfg.n_layers, change)
     return arrives
 
 
@@ -71,16 +72,31 @@ def self_test(trace: Trace) -> float:
     if not worst <= (1e-3 if embed.dtype == torch.float32 else 1e-8):
         raise NotFrozenError(
             f"with patterns and scales held, the model deviates by {worst:.1e} from what its weights say: "
-            "is it a GPT-2 or GPT-NeoX model without other edits or hooks?"
+            "is it a model of a supported family without other edits or hooks?"
         )
     return worst
+
+
+def check(trace: Trace) -> None:
+    """`self_test`, unless this trace has passed it with the model as it is now: the same hooks and the same weights.
+
+    Raises:
+        NotFrozenError: as `self_test`.
+    """
+    modules, weights = trace.model.modules(), trace.model.parameters()
+    hooks = (number for module in modules for number in (*module._forward_pre_hooks, *module._forward_hooks))
+    state = (*hooks, *((id(weight), weight._version) for weight in weights))  # hooks' numbers are never used again
+    if state not in trace.tested:
+        self_test(trace)
+        trace.tested.add(state)
 
 
 def by_autograd(trace: Trace, target: Target, table: pd.DataFrame) -> pd.Series:
     """The ``contribution`` column of a table of `tclib.attribution.attribute` by another route.
 
     Every row is what was written times the gradient of the target there, by autograd through the model itself with
-    patterns and scales held, and with values and MLP outputs as constants, so that only the direct path is left.
+    patterns and scales held, and with values and MLP outputs as constants, so that only the direct path is left. A
+    head's row is the pattern times the gradient there: value heads serve several heads, patterns one.
     """
     slopes = _gradients(trace, target)
     contributions = [_by_gradient(trace, target, slopes, row) for row in table.itertuples()]
@@ -93,16 +109,18 @@ def _by_gradient(trace: Trace, target: Target, slopes: dict[str, Tensor], row) -
     if row.kind in ("embedding", "position"):
         write = trace.cache["hook_embed" if row.kind == "embedding" else "hook_pos_embed"][row.position]
         return (write @ slopes["hook_embed"][row.position]).item()
-    model, block = trace.model, f"blocks.{row.layer}"
+    block, weights = f"blocks.{row.layer}.attn", trace.block(row.layer)
     if row.kind in ("head", "value_bias"):
-        slope, bias = slopes[f"{block}.attn.hook_v"], model.b_V[row.layer, row.head]
+        pattern = trace.cache[f"{block}.hook_pattern"][row.head, target.position]
+        bias = slopes[f"{block}.hook_z"][target.position, row.head] @ weights.b_V[row.head // weights.group] * pattern
         if row.kind == "value_bias":
-            return (slope[:, row.head] @ bias).sum().item()
-        value = trace.cache[f"{block}.attn.hook_v"][row.position, row.head] - bias
-        return (slope[row.position, row.head] @ value).item()
+            return bias.sum().item()
+        whole = slopes[f"{block}.hook_pattern"][row.head, target.position] * pattern
+        return (whole - bias)[row.position].item()
     if row.kind == "attention_bias":
-        return (slopes[f"{block}.hook_attn_out"][row.position] @ model.b_O[row.layer]).item()
-    slope, out = slopes[hook_out(row.layer)][row.position], trace.cache[hook_out(row.layer)][row.position]
+        return (slopes[f"{block}.hook_out"][row.position] @ trace.model.blocks[row.layer].attn.b_O).item()
+    written = _written(trace, row.layer)
+    slope, out = slopes[written][row.position], trace.cache[written][row.position]
     if row.kind == "mlp":
         return (slope @ out).item()
     transcoder, z = trace.transcoders[row.layer], trace.features[row.layer][row.position]
@@ -116,8 +134,14 @@ def _by_gradient(trace: Trace, target: Target, slopes: dict[str, Tensor], row) -
     }[row.kind]()).item()  # fmt: skip
 
 
+def _written(trace: Trace, layer: int) -> str:
+    """Where the model gives what a layer's transcoder imitates, or its whole MLP."""
+    transcoder = trace.transcoders.get(layer)
+    return hook_out(layer) if transcoder is None else transcoder.config.hook_out
+
+
 def _gradients(trace: Trace, target: Target) -> dict[str, Tensor]:
-    """Gradient of the target at everything that is added to the residual stream or moved by attention."""
+    """Gradient of the target at everything that is added to the residual stream, and at attention's patterns."""
     place = {"attn_in": f"blocks.{target.layer}.ln1", "mlp_in": f"blocks.{target.layer}.ln2", "final": "ln_final"}
     read_at, seen = place[target.place] + ".hook_normalized", {}
 
@@ -138,17 +162,15 @@ def _gradients(trace: Trace, target: Target) -> dict[str, Tensor]:
     def keep(value: Tensor, hook) -> None:
         seen["read"] = value
 
-    hooks = [(name, keep_it) for name, keep_it in freeze(trace) if not name.endswith("hook_mlp_out")]
+    hooks = [(name, keep_it) for name, keep_it in freeze(trace) if not name.endswith(("hook_mlp_out", "mlp.hook_out"))]
     hooks += [leaf("hook_embed"), (read_at, keep)]
     for layer in range(trace.model.cfg.n_layers):
-        hooks += [leaf(f"blocks.{layer}.attn.hook_v"), leaf(hook_out(layer))]
-        hooks += [add_nothing(f"blocks.{layer}.hook_attn_out")]
+        hooks += [leaf(f"blocks.{layer}.attn.{name}") for name in ("hook_pattern", "hook_v")]
+        hooks += [add_nothing(f"blocks.{layer}.attn.{name}") for name in ("hook_z", "hook_out")]
+        hooks += [leaf(_written(trace, layer))]
     with torch.enable_grad(), edited(trace.model, hooks):
         trace.model(trace.tokens[None])
         read = seen.pop("read")[0, target.position]
         (read @ (target.reader * trace.gain(target.place, target.layer)[0])).backward()
     return {name: value.grad[0] for name, value in seen.items() if value.grad is not None}
 
-
-def _normalise(trace: Trace, place, layer: int, change: Tensor) -> Tensor:
-    return (change - change.mean(-1, keepdim=True)) / trace.scale(place, layer)[:, None]

@@ -17,10 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tclib.attribution import UnbalancedError
-from tclib.effects import CHUNK, Readers, Sources
+from tclib.effects import CHUNK, Readers, Sources, influence_of_columns
 from tclib.model import token_name
-from tclib.pruning import influence_of_columns
-from tclib.targets import Target
+from tclib.targets import Target, before_cap
 from tclib.tracing import Trace
 
 COLUMNS = ["kind", "layer", "position", "token", "feature", "activation", "value", "weight", "name", "logit"]
@@ -106,7 +105,7 @@ def salient_logits(trace: Trace, position: int = -1, mass: float = 0.95, most: i
     mean, mean_bias = readers.mean(1), biases.mean()
     chosen = []
     for token, probability in zip(top.indices[:count].tolist(), top.values.tolist(), strict=False):
-        name = f"logit {token_name(trace.model, token)} - mean logit"
+        name = f"logit {token_name(trace.model, token)} - mean logit{before_cap(trace)}"
         reader, bias = readers[:, token] - mean, (biases[token] - mean_bias).item()
         chosen.append((Target(name, "final", trace.model.cfg.n_layers, position, reader, bias, token), probability))
     return chosen
@@ -209,5 +208,5 @@ def check_rows(graph: Graph) -> None:
         worst = graph.nodes.iloc[int(off.argmax())]
         raise UnbalancedError(
             f"the effects on {worst['kind']} {worst['layer']}/{worst['feature']} at {worst['position']} do not sum to "
-            f"{worst['value']:.6f}: is this a GPT-2 or GPT-NeoX model without other edits?"
+            f"{worst['value']:.6f}: is this a model of a supported family without other edits?"
         )

@@ -79,7 +79,9 @@ def hold(values: Mapping[str, Tensor], what: Sequence[Held]) -> list[Hook]:
         found = [(name, value) for name, value in values.items() if name.endswith(suffix)]
         if not found:
             raise ValueError(f"the cache has no {suffix[1:]}: run the model once on these prompts and keep it")
-        hooks += [(name, _keep(value)) for name, value in found]
+        for name, value in found:
+            own = name.replace("hook_mlp_out", "mlp.hook_out")  # before a norm that follows, where edits may be made
+            hooks.append((own, _keep(values[own])) if own in values else (name, _keep(value)))
     return hooks
 
 
@@ -211,7 +213,7 @@ def _through(layer: int, transcoder: Transcoder, function: Callable[[Tensor, Ten
     def edit(y: Tensor, hook) -> Tensor:
         return function(seen.pop("x"), y)
 
-    return [(transcoder.config.hook_in, remember), (hook_out(layer), edit)]
+    return [(transcoder.config.hook_in, remember), (transcoder.config.hook_out, edit)]
 
 
 def _places(positions: Positions, values: Float[Tensor, "row pos *rest"]) -> Positions:

@@ -6,10 +6,9 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import guards, hub
+from tclib.blocks import FAMILIES, check_architecture
 from tclib.gguf_model import PACKAGE, gguf_folder, origin, smollm2_folder
 from tclib.inputs import bos_id
 from tclib.memory import check_memory
@@ -25,26 +25,8 @@ from tclib.separator import separate_documents
 
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 WELCOME = ("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json")
-_EMBEDDINGS = {"gpt2": "wte.weight", "gpt_neox": "gpt_neox.embed_in.weight", "llama": "model.embed_tokens.weight"}
-_GATES = ("silu", "swish", "swiglu", "geglu", "reglu")
-_FITS = {  # key of config.json: what fits, and what does not where it does not
-    "rms_norm_eps": (lambda value: value is None, "its norm is RMSNorm, not LayerNorm"),
-    "num_experts": (lambda value: not value, "its MLPs are mixtures of experts"),
-    "num_local_experts": (lambda value: not value, "its MLPs are mixtures of experts"),
-    "is_encoder_decoder": (lambda value: not value, "it has an encoder beside the decoder"),
-    "add_cross_attention": (lambda value: not value, "its blocks also attend to an encoder"),
-    "alibi": (lambda value: not value, "its attention adds ALiBi position biases"),
-    "quantization_config": (lambda value: not value, "its weights are quantised"),
-    "hidden_act": (lambda value: value not in _GATES, "its MLPs are gated"),
-    "do_layer_norm_before": (lambda value: bool(value), "its LayerNorms come after the blocks"),
-}
-_KINDS = {
-    "gptj": "its attention and MLP share one LayerNorm",
-    "opt": "its positions and its MLP's activation differ",
-    "gpt_neo": "its attention is local in every other layer",
-    "mamba": "it has no attention",
-    "bert": "its attention is not causal",
-}
+INDEX = "model.safetensors.index.json"  # of weights in several files
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -65,12 +47,14 @@ def load_model(name: str = "bundled", device: str | None = None, processed: bool
     """A language model, processed as the paper's transcoders expect.
 
     LayerNorm gains are folded into the weights, writing weights and the unembedding are centred, and value biases
-    are folded into the attention output bias, so the log-probabilities are those of the plain model.
+    are folded into the attention output bias, so the log-probabilities are those of the plain model. Models with
+    RMSNorm are not centred, and Phi-3 and OLMo 2 keep their gains, since TransformerLens cannot fold them.
 
     Args:
-        name: ``"bundled"``; a folder holding config.json, model.safetensors and tokenizer.json of a GPT-2 or
-            GPT-NeoX model; a GGUF file; ``"gpt2"``, ``"pythia-410m"``, ``"pythia-1.4b"``, ``"smollm2"``; or any hub
-            id, with ``@`` and a revision if you like. Only files of weights are read, never pickles or code.
+        name: ``"bundled"``; a folder holding config.json, model.safetensors (or several such files and their index)
+            and tokenizer.json of a model of a family in `tclib.blocks.FAMILIES`; a GGUF file; ``"gpt2"``,
+            ``"pythia-410m"``, ``"pythia-1.4b"``, ``"smollm2"``; or any hub id, with ``@`` and a revision if you like.
+            Only files of weights are read, never pickles or code.
         device: ``"cpu"``, ``"cuda"`` or ``"mps"``; the best one present by default.
         processed: False leaves the weights as they are on disk, for transcoders trained on such a model.
 
@@ -78,7 +62,7 @@ def load_model(name: str = "bundled", device: str | None = None, processed: bool
 
     Raises:
         ValueError: unknown name, not in the cache while off-line, a damaged file, too little memory, or a model whose
-            blocks are not GPT-2's or GPT-NeoX's (the property that does not fit is named).
+            blocks are of no supported family (the property that does not fit is named).
     """
     place = pick_device(device)
     folder = model_folder(name)
@@ -96,6 +80,10 @@ def load_model(name: str = "bundled", device: str | None = None, processed: bool
     for remark in (_where_from(name, folder), separate_documents(model.tokenizer, model.cfg.d_vocab)):
         if remark:
             print(remark)
+    for block in model.blocks:
+        if getattr(block, "ln2", None) is None:  # OLMo 2 reads the stream itself: what is read has one name everywhere
+            names = {"ln1.hook_normalized": "attn.hook_in", "ln2.hook_normalized": "mlp.hook_in"}
+            block.hook_aliases = {**block.hook_aliases, **names}
     if processed:
         with _quiet_loading():
             model.enable_compatibility_mode(disable_warnings=True)
@@ -124,7 +112,9 @@ def model_folder(name: str) -> Path:
 
     def choose(names: list[str]) -> list[str]:
         _check_present(set(names), str(source))
-        return [file for file in names if file in (*NEEDED, *WELCOME)]
+        weights = [file for file in names if file == INDEX or _SHARD.fullmatch(file)]
+        weights = ["model.safetensors"] if "model.safetensors" in names else weights
+        return [file for file in names if file in (*NEEDED, *WELCOME, *weights)]
 
     try:
         return hub.fetch(source, choose)[0]
@@ -145,26 +135,48 @@ def _where_from(name: str, folder: Path) -> str | None:
 
 
 def layer_norms(model: TransformerBridge, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Gain and bias of the LayerNorm before each MLP as they are on disk; in a processed model they are folded away.
+    """Gain and bias of the norm before each MLP as they are on disk; in a processed model they are folded away.
 
     Raises:
-        ValueError: the model's folder is gone, or has no such layers.
+        ValueError: the model's folder is gone, or has no such layers or no such norm.
     """
-    weights = Path(str(model.cfg.model_name)) / "model.safetensors"
-    shapes = guards.safetensors_shapes(weights)
+    folder = Path(str(model.cfg.model_name))
+    family = FAMILIES[guards.read_json(folder / "config.json").get("model_type")]
+    found = {name: path for path in weight_files(folder) for name in guards.safetensors_shapes(path)}
     result = {}
+    if family.norm is None:  # the MLP reads the stream itself
+        return {layer: (torch.ones(model.cfg.d_model), torch.zeros(model.cfg.d_model)) for layer in layers}
     for layer in layers:
-        known = (f"h.{layer}.ln_2", f"transformer.h.{layer}.ln_2", f"gpt_neox.layers.{layer}.post_attention_layernorm")
-        found = [prefix for prefix in known if f"{prefix}.weight" in shapes]
-        if not found:
-            raise ValueError(f"{weights} has no LayerNorm before the MLP of layer {layer}")
-        read = guards.read_safetensors(weights, {part: f"{found[0]}.{part}" for part in ("weight", "bias")})
-        result[layer] = read["weight"], read["bias"]
+        ending = re.compile(rf"(?:.*\.)?(?:h|layers)\.{layer}\.{family.norm}\.(weight|bias)")
+        named = {part[1]: name for name in found if (part := ending.fullmatch(name))}
+        if "weight" not in named:
+            raise ValueError(f"{folder} has no norm before the MLP of layer {layer} on disk")
+        read = {part: guards.read_safetensors(found[name], {"t": name})["t"] for part, name in named.items()}
+        gain = read["weight"] + family.offset
+        result[layer] = gain, read.get("bias", torch.zeros_like(gain))
     return result
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model folder's weights: one, or those that its index lists.
+
+    Raises:
+        ValueError: the index is damaged or lists files that are not there.
+    """
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    listed = guards.read_json(folder / INDEX).get("weight_map")
+    names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
+    wrong = [name for name in names if not _SHARD.fullmatch(name)]
+    missing = [name for name in names if not wrong and not (folder / name).is_file()]
+    if wrong or missing or not names:
+        reason = f"{missing[0]} is missing" if missing else "it lists no files like model-00001-of-00002.safetensors"
+        raise guards.BadFile(f"{folder / INDEX} does not fit its folder: {reason}")
+    return [folder / name for name in names]
+
+
 def _check_present(files: set[str], where: str) -> None:
-    missing = [file for file in NEEDED if file not in files]
+    missing = [file for file in NEEDED if file not in files and not (file == NEEDED[1] and INDEX in files)]
     if not missing:
         return
     pickled = sorted(file for file in files if file.endswith((".bin", ".pt", ".ckpt")))
@@ -176,7 +188,7 @@ def model_shapes(folder: Path) -> dict[str, guards.Shape]:
     """Shapes of a model folder's weights, from its headers.
 
     Raises:
-        ValueError: it is no GPT-2, GPT-NeoX or Llama, wants to run code, or is not as large as it says.
+        ValueError: it is of no supported family, wants to run code, or is not as large as it says.
     """
     _check_present({path.name for path in folder.iterdir()}, str(folder))
     config = guards.read_json(folder / "config.json")
@@ -186,43 +198,20 @@ def model_shapes(folder: Path) -> dict[str, guards.Shape]:
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} brings an adapter of another model (adapter_config.json), which is not read")
     check_architecture(config, str(folder))
-    shapes = guards.safetensors_shapes(folder / "model.safetensors")
-    kind = config["model_type"]
-    keys = ("vocab_size", "n_embd", "n_layer") if kind == "gpt2" else ("vocab_size", "hidden_size", "num_hidden_layers")
+    files = weight_files(folder)
+    shapes = {name: shape for path in files for name, shape in guards.safetensors_shapes(path).items()}
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers")
+    keys = ("vocab_size", "n_embd", "n_layer") if config["model_type"] == "gpt2" else keys
     sizes = [config.get(key) for key in keys]
-    embedding = _EMBEDDINGS[kind]
-    found = shapes.get(embedding, shapes.get(f"transformer.{embedding}"))
+    embedding = FAMILIES[config["model_type"]].embedding
+    found = next((shapes[name] for name in shapes if f".{name}".endswith(f".{embedding}")), None)
     layers = {int(part[1]) for key in shapes if (part := re.search(r"(?:^|\.)(?:h|layers)\.(\d+)\.", key))}
     if not all(isinstance(size, int) for size in sizes) or found != tuple(sizes[:2]) or len(layers) != sizes[2]:
         raise ValueError(
-            f"{folder}: config.json says vocabulary {sizes[0]}, width {sizes[1]}, {sizes[2]} layers; model.safetensors "
-            f"has embeddings {found} and {len(layers)} layers"
+            f"{folder}: config.json says vocabulary {sizes[0]}, width {sizes[1]}, {sizes[2]} layers; its weights "
+            f"have embeddings {found} and {len(layers)} layers"
         )
     return shapes
-
-
-def check_architecture(config: Mapping[str, Any], where: str) -> None:
-    """Refuse blocks that attribution here does not know, naming the property.
-
-    Args:
-        config: a model's config.json.
-
-    Raises:
-        ValueError: anything but GPT-2, GPT-NeoX or Llama blocks.
-    """
-    kind = config.get("model_type")
-    own = ("rms_norm_eps", "hidden_act") if kind == "llama" else ()
-    reasons = [
-        reason for key, (fits, reason) in _FITS.items() if key in config and key not in own and not fits(config[key])
-    ]
-    heads = config.get("num_attention_heads")
-    if kind != "llama" and config.get("num_key_value_heads", heads) != heads:
-        reasons.append("several query heads share one key and value head")
-    if kind not in _EMBEDDINGS or reasons:
-        reason = reasons[0] if reasons else _KINDS.get(kind, "its blocks are not the same as theirs")
-        raise ValueError(
-            f"{where} is a {kind} model: only GPT-2, GPT-NeoX and Llama blocks are supported, and {reason}"
-        )
 
 
 def to_tokens(model: TransformerBridge, prompt: str) -> Int[Tensor, " pos"]:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tclib.activations import hook_in, hook_out
+from tclib.sources import Features, Heads, sources
 from tclib.targets import Target
 from tclib.tracing import Trace
 
@@ -102,8 +102,6 @@ class PromptGraph:
     starts: Int[Tensor, " pos+1"]  # first write of each position, and the end
     moved: Float[Tensor, "layer pos head d_model"]  # what a head moves with attention 1, without its value bias
     patterns: Float[Tensor, "layer head target source"]
-    W_O: list[Float[Tensor, "head d_head d_model"]]  # by layer; the model's own, since stacking would copy them
-    W_V: list[Float[Tensor, "head d_model d_head"]]
 
     @cached_property
     def heads(self) -> tuple[int, int, int]:
@@ -122,12 +120,6 @@ class PromptGraph:
         layers, pos, heads = self.heads
         return self.first_head + layers * pos * heads
 
-    def stage(self, place: str, layer: int) -> int:
-        """The last stage that has written to what this place reads."""
-        if place == "final":
-            return 2 * self.trace.model.cfg.n_layers
-        return 2 * layer + (place == "mlp_in" and not self.trace.parallel)
-
     def node(self, source: int, reader: Node | None = None) -> Node:
         """What stands behind a number; ``reader`` (None: the target) owns the two biases."""
         if source >= self.first_bias:
@@ -145,7 +137,7 @@ class PromptGraph:
 
     def root(self, target: Target) -> States:
         """The start of every path: the target itself."""
-        reads = self.stage(target.place, target.layer)
+        reads = self.trace.stage(target.place, target.layer)
         make = self.writes.new_tensor
         return States(
             target.pulled_back(self.trace)[None],
@@ -193,7 +185,7 @@ class PromptGraph:
             weight = values[rows] / self.activations[s]
             readers[rows] = weight[:, None] * trace.pull_norm("mlp_in", layer, transcoder.W_enc[:, index].T, here)
             own_bias[rows] = weight * transcoder.b_enc[index]
-            positions[rows], reads[rows] = here, self.stage("mlp_in", layer)
+            positions[rows], reads[rows] = here, trace.stage("mlp_in", layer)
         layers = torch.where(written, -1, (sources - self.first_head) // (pos * heads))
         for layer in layers.unique().tolist():
             rows = (layers == layer).nonzero().squeeze(-1)
@@ -202,75 +194,46 @@ class PromptGraph:
             offset = sources[rows] - self.first_head
             head, here = offset % heads, offset // heads % pos
             weight = self.patterns[layer, head, parents.positions[rows], here]
-            inner = torch.einsum("nde,ne->nd", self.W_O[layer][head], parents.readers[rows])
-            outer = weight[:, None] * torch.einsum("ned,nd->ne", self.W_V[layer][head], inner)
+            block = trace.block(layer)
+            inner = torch.einsum("nde,ne->nd", block.W_O[head], parents.readers[rows])
+            outer = weight[:, None] * torch.einsum("ned,nd->ne", block.W_V[head // block.group], inner)
             readers[rows] = trace.pull_norm("attn_in", layer, outer, here)
             norm_bias[rows] = outer @ trace.gain("attn_in", layer)[1]
-            positions[rows], reads[rows] = here, self.stage("attn_in", layer)
+            positions[rows], reads[rows] = here, trace.stage("attn_in", layer)
         return States(readers, reads, positions, own_bias, norm_bias)
 
 
 @torch.no_grad()
 def prompt_graph(trace: Trace) -> PromptGraph:
     """Collect a prompt's writes and what its heads move. One set-up serves every target and search."""
-    model, cache = trace.model, trace.cache
-    layers = range(model.cfg.n_layers)
-    W_O, W_V = ([getattr(block.attn, name) for block in model.blocks] for name in ("W_O", "W_V"))
-    b_V = model.b_V
-    patterns = torch.stack([cache[f"blocks.{layer}.attn.hook_pattern"] for layer in layers])
-    values = torch.stack([cache[f"blocks.{layer}.attn.hook_v"] for layer in layers]) - b_V[:, None]
-    blocks = [_everywhere("embedding", 0, cache["hook_embed"])]
-    if "hook_pos_embed" in cache:
-        blocks.append(_everywhere("position", 0, cache["hook_pos_embed"]))
-    for layer in layers:
-        if b_V[layer].any():
-            written = torch.einsum("hd,hde->he", b_V[layer], W_O[layer])
-            for head, row in enumerate(written):
-                rows = patterns[layer, head].sum(-1)[:, None] * row
-                blocks.append(_everywhere("value_bias", 2 * layer + 1, rows, head))
-        rows = model.b_O[layer].expand(len(trace.tokens), -1)
-        blocks += [_everywhere("attention_bias", 2 * layer + 1, rows), *_mlp(trace, layer)]
+    parts, moved, patterns = [], [], []
+    everywhere = torch.arange(len(trace.tokens), device=trace.like.device)
+    for source in sources(trace):
+        if isinstance(source, Heads):
+            moved.append(source.moved().transpose(0, 1))
+            patterns.append(source.pattern)
+            continue
+        if isinstance(source, Features):
+            positions, items, rows = source.written
+            activations = source.z[positions, items]
+        else:
+            every = source.items(everywhere)
+            amounts = source.amounts(everywhere, every)
+            positions, which = amounts.nonzero(as_tuple=True)
+            items = every[which] if source.kind == "value_bias" else torch.full_like(which, -1)
+            rows = amounts[positions, which][:, None] * source.vectors(every)[which]
+            activations = torch.ones_like(rows[:, 0])
+        same = torch.full_like(positions, source.stage), torch.full_like(positions, KINDS.index(source.kind))
+        parts.append((rows, *same, items, positions, activations))
     stages, kinds, indices, positions, activations = (
-        torch.cat(column) for column in zip(*(b[1:] for b in blocks), strict=True)
+        torch.cat(column) for column in zip(*(part[1:] for part in parts), strict=True)
     )
-    order = (positions * (2 * len(layers) + 1) + stages).argsort(stable=True)
-    writes = torch.empty(len(order), model.cfg.d_model, dtype=values.dtype, device=values.device)
+    order = (positions * (trace.stage("final", 0) + 1) + stages).argsort(stable=True)
+    writes = trace.like.new_empty(len(order), trace.like.shape[-1])
     place = order.argsort()
-    for rows, where in zip((b[0] for b in blocks), place.split([len(b[0]) for b in blocks]), strict=True):
+    for rows, where in zip((p[0] for p in parts), place.split([len(p[0]) for p in parts]), strict=True):
         writes[where] = rows
     counts = torch.bincount(positions, minlength=len(trace.tokens))
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    moved = torch.stack([torch.einsum("shd,hde->she", values[layer], W_O[layer]) for layer in layers])
     columns = (stages[order], kinds[order], indices[order], activations[order])
-    return PromptGraph(trace, writes, *columns, starts, moved, patterns, W_O, W_V)
-
-
-_Block = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # rows, stages, kinds, indices, positions, activations
-
-
-def _block(kind: str, stage: int, rows: Tensor, positions: Tensor, index: Tensor, activation: Tensor) -> _Block:
-    full = torch.full_like
-    return rows, full(positions, stage), full(positions, KINDS.index(kind)), index, positions, activation
-
-
-def _everywhere(kind: str, stage: int, rows: Float[Tensor, "pos d_model"], index: int = -1) -> _Block:
-    positions = torch.arange(len(rows), device=rows.device)
-    return _block(kind, stage, rows, positions, torch.full_like(positions, index), rows.new_ones(len(rows)))
-
-
-def _mlp(trace: Trace, layer: int) -> list[_Block]:
-    stage, out = 2 * layer + 2, trace.cache[hook_out(layer)]
-    if layer not in trace.transcoders:
-        return [_everywhere("mlp", stage, out)]
-    transcoder, z = trace.transcoders[layer], trace.features[layer]
-    positions, index = z.nonzero(as_tuple=True)
-    activations = z[positions, index]
-    rows = transcoder.W_dec[index].mul_(activations[:, None])
-    blocks = [_block("feature", stage, rows, positions, index, activations)]
-    rest = (out - transcoder.b_dec).index_add(0, positions, rows, alpha=-1)
-    if transcoder.W_skip is not None:
-        skipped = trace.cache[hook_in(layer)] @ transcoder.W_skip
-        blocks.append(_everywhere("skip", stage, skipped))
-        rest = rest - skipped
-    blocks.append(_everywhere("error", stage, rest))
-    return [*blocks, _everywhere("transcoder_bias", stage, transcoder.b_dec.expand(len(out), -1))]
+    return PromptGraph(trace, writes, *columns, starts, torch.stack(moved), torch.stack(patterns))

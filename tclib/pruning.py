@@ -12,45 +12,22 @@ position embeddings count with the tokens as the input; a remainder counts as er
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import networkx as nx
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from tclib.graph import Graph
+from tclib.effects import shares
+from tclib.graph import Graph
 
 INPUTS, UNEXPLAINED = ("embedding", "position"), ("error", "mlp", "remainder")
 MOST_EDGES = 200_000
 
 
-def shares(effects: Float[Tensor, "target source"]) -> Float[Tensor, "target source"]:
-    """Absolute effects, each row divided by its sum (rows of zeros stay zero)."""
-    size = effects.abs()
-    return size / size.sum(1, keepdim=True).clamp(min=1e-10)
-
-
 def influence(graph: Graph) -> Float[Tensor, " node"]:
     """Each node's influence on the targets over all paths in the graph; the weights sum to the targets' own."""
     return _propagate(_shares(graph), _weights(graph))
-
-
-def influence_of_columns(
-    effects: Float[Tensor, "row source"], weights: Float[Tensor, " target"], known: Int[Tensor, " feature"]
-) -> Float[Tensor, " source"]:
-    """`influence` where only the rows of some features are known: ``effects`` has theirs, then the targets'.
-
-    The last source is the bias and takes no share.
-    """
-    share = shares(torch.cat([effects[:, :-1], torch.zeros_like(effects[:, -1:])], 1))
-    total, current = 0, weights @ share[len(known) :]
-    while current.any():
-        total = total + current
-        current = current[known] @ share[: len(known)]
-    return total
 
 
 def replacement_score(graph: Graph) -> float:
@@ -140,7 +117,7 @@ def _with_remainder(graph: Graph, kept: Tensor, edge: Tensor) -> Graph:
     small = adjacency[index][:, index]
     small = torch.cat([small[:, :-targets], lost[index, None], small[:, -targets:]], 1)
     empty = small.new_zeros(1, small.shape[1])
-    return type(graph)(nodes.astype(graph.nodes.dtypes), torch.cat([small[:-targets], empty, small[-targets:]]))
+    return Graph(nodes.astype(graph.nodes.dtypes), torch.cat([small[:-targets], empty, small[-targets:]]))
 
 
 def _shares(graph: Graph, among: Int[Tensor, " node"] | None = None) -> Tensor:

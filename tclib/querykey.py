@@ -5,6 +5,7 @@ The linear algebra under `tclib.attention`. LayerNorm scales are frozen; rotary 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
@@ -12,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tclib.activations import hook_in, hook_out
+from tclib.blocks import Norm
+from tclib.sources import Each, sources
 from tclib.tracing import Trace
 
 Side = Literal["query", "key"]
@@ -28,26 +30,25 @@ class Collected:
 
     def __init__(self, trace: Trace, layer: int, head: int, side: Side, positions: Int[Tensor, " pos"]):
         self.trace, self.positions, self.rotation = trace, positions, Rotation(trace, layer, positions)
-        self.W, b = _weights(trace, layer, head, side)
+        reads = _Projection.of(trace, layer, head, side)
         gain, norm_bias = trace.gain("attn_in", layer)
-        scaled = self.W * gain[:, None]
-        self.M = scaled - scaled.mean(0)  # centring moved from what is read to what reads it
-        self.over = 1 / trace.scale("attn_in", layer)[positions]
+        self.M = trace.centre("attn_in", layer, (reads.W * gain[:, None]).T).T  # centring moved to what reads
+        over = 1 / reads.scale[positions]
+        amounts_over = over / trace.scale("attn_in", layer)[positions]
         self.rows, self.owner, self.projected, self.amounts = [], [], [], []
-        one_place = len(positions) == 1
-        self.here = int(positions[0]) if one_place else None
-        W_O = trace.model.W_O  # this property copies: once
-        for before in range(layer):
-            self._heads(before, W_O[before])
-            self._mlp(before)
-        for kind, name in (("embedding", "hook_embed"), ("position", "hook_pos_embed")):
-            if name in trace.cache:
-                rows = [{"kind": kind, "position": p} for p in positions.tolist()]
-                self._add(rows, trace.cache[name][positions] @ self.M, torch.diag(self.over))
-        for kind, vector in ((f"{side}_bias", b), ("norm_bias", norm_bias @ self.W)):
+        here = int(positions[0]) if len(positions) == 1 else None
+        for source in sources(trace, 2 * layer):
+            items = source.items(positions)
+            one_row = isinstance(source, Each) and source.layer is not None
+            columns = {"position": [here]} if one_row else source.columns(items)
+            count = 1 if one_row else len(items)
+            same = {"kind": source.kind, "layer": source.layer, "position": here}
+            rows = [same | {name: column[i] for name, column in columns.items()} for i in range(count)]
+            self._add(rows, source.along(items, self.M), source.amounts(positions, items).T * amounts_over)
+        for kind, vector in ((f"{side}_bias", reads.b), ("norm_bias", norm_bias @ reads.W)):
             if vector.any():
-                row = {"kind": kind, "layer": layer, "head": head, "position": self.here}
-                self._add([row], vector[None], torch.ones_like(self.over)[None])
+                row = {"kind": kind, "layer": layer, "head": head, "position": here}
+                self._add([row], vector[None], over[None])
         table = pd.DataFrame(self.rows, columns=COLUMNS).astype(
             {c: "Int64" for c in ("layer", "head", "feature", "position")}
         )
@@ -75,43 +76,6 @@ class Collected:
         self.projected.append(projected)
         self.amounts.append(amounts)
 
-    def _heads(self, before: int, W_O: Float[Tensor, "head d_head d_model"]) -> None:
-        model, cache = self.trace.model, self.trace.cache
-        last = int(self.positions[-1]) + 1
-        b_V = model.b_V[before]
-        through = W_O @ self.M  # [head, d_head, d_head]
-        values = cache[f"blocks.{before}.attn.hook_v"][:last].transpose(0, 1) - b_V[:, None]  # [head, source, d_head]
-        pattern = cache[f"blocks.{before}.attn.hook_pattern"][:, self.positions, :last]  # [head, pos, source]
-        rows = [
-            {"kind": "head", "layer": before, "head": head, "position": source}
-            for head in range(len(pattern))
-            for source in range(last)
-        ]
-        amounts = (pattern * self.over[:, None]).transpose(1, 2)
-        self._add(rows, (values @ through).flatten(0, 1), amounts.flatten(0, 1))
-        if b_V.any():
-            rows = [
-                {"kind": "value_bias", "layer": before, "head": h, "position": self.here} for h in range(len(pattern))
-            ]
-            self._add(rows, (b_V[:, None] @ through)[:, 0], pattern.sum(-1) * self.over)
-        row = {"kind": "attention_bias", "layer": before, "position": self.here}
-        self._add([row], (model.b_O[before] @ self.M)[None], self.over[None])
-
-    def _mlp(self, before: int) -> None:
-        trace, own = self.trace, {"layer": before, "position": self.here}
-        out, diagonal = trace.cache[hook_out(before)][self.positions], torch.diag(self.over)
-        if before not in trace.transcoders:
-            return self._add([{"kind": "mlp", **own}], out @ self.M, diagonal)
-        transcoder, z = trace.transcoders[before], trace.features[before][self.positions]
-        x = trace.cache[hook_in(before)][self.positions]
-        active = (z != 0).any(0).nonzero().squeeze(-1)
-        rows = [{"kind": "feature", "feature": index, **own} for index in active.tolist()]
-        self._add(rows, transcoder.W_dec[active] @ self.M, (z[:, active] * self.over[:, None]).T)
-        if transcoder.W_skip is not None:
-            self._add([{"kind": "skip", **own}], x @ transcoder.W_skip @ self.M, diagonal)
-        self._add([{"kind": "error", **own}], (out - transcoder.decode(z, x)) @ self.M, diagonal)
-        self._add([{"kind": "transcoder_bias", **own}], (transcoder.b_dec @ self.M)[None], self.over[None])
-
 
 class Rotation:
     """Rotary position embeddings at some positions (Su et al. 2021); without them, and on the dimensions they leave
@@ -120,7 +84,7 @@ class Rotation:
     def __init__(self, trace: Trace, layer: int, positions: Int[Tensor, " pos"]):
         none = trace.like.new_zeros(len(trace.tokens), 0)
         self.cos, self.sin = (
-            trace.cache.get(f"blocks.{layer}.attn.hook_{part}", none)[positions] for part in ("cos", "sin")
+            trace.cache.get(f"blocks.{layer}.attn.hook_{part}", none)[positions].to(none) for part in ("cos", "sin")
         )
         self.size = self.cos.shape[-1]
 
@@ -141,22 +105,75 @@ def _swap(vectors: Tensor) -> Tensor:
     return torch.cat([-second, first], -1)
 
 
+@dataclass(frozen=True)
+class _Projection:
+    """What makes a head's query or keys of the normalised stream: ``(x W + b) / scale``, rotated afterwards.
+
+    The scale is 1 except where a norm follows (Qwen 3, Gemma 3, OLMo 2): it is frozen, its gain is part of W and b.
+    """
+
+    W: Float[Tensor, "d_model d_head"]
+    b: Float[Tensor, " d_head"]
+    scale: Float[Tensor, " pos"]
+
+    @classmethod
+    def of(cls, trace: Trace, layer: int, head: int, side: Side) -> _Projection:
+        layer, head = trace.layer(layer), trace.head(head)
+        attn, group = trace.model.blocks[layer].attn, trace.block(layer).group
+        W, b = (attn.W_Q, attn.b_Q) if side == "query" else (attn.W_K, attn.b_K)
+        own = head if side == "query" else head // group
+        W, b = W[own], torch.zeros_like(W[own, 0]) if b is None else b[own]
+        norm = Norm.of(getattr(attn, f"{side[0]}_norm", None), f"blocks.{layer}.attn.{side[0]}_norm")
+        if norm is None:
+            return cls(W, b, torch.ones_like(trace.like[:, 0]))
+        scale = trace.cache[f"{norm.hook}.hook_scale"][..., 0]  # of each head, or of all heads together (OLMo 2)
+        gain = norm.gain if scale.ndim == 2 else norm.gain.view(-1, W.shape[-1])[own]
+        return cls(W * gain, b * gain, scale[own] if scale.ndim == 2 else scale)
+
+
 def read(trace: Trace, layer: int, head: int, side: Side, positions: Tensor) -> Float[Tensor, "pos d_head"]:
     """The head's queries or keys, rotated, from the residual stream."""
-    W, b = _weights(trace, layer, head, side)
+    reads = _Projection.of(trace, layer, head, side)
     gain, norm_bias = trace.gain("attn_in", layer)
-    stream = trace.residual("attn_in", layer)[positions]
-    read = (stream - stream.mean(-1, keepdim=True)) / trace.scale("attn_in", layer)[positions, None]
-    vectors = (read * gain + norm_bias) @ W + b
+    normalised = trace.normalised("attn_in", layer, trace.residual("attn_in", layer))[positions]
+    vectors = ((normalised * gain + norm_bias) @ reads.W + reads.b) / reads.scale[positions, None]
     return Rotation(trace, layer, positions).summed(vectors, torch.eye(len(positions)).to(vectors))
 
 
-def _weights(trace: Trace, layer: int, head: int, side: Side) -> tuple[Tensor, Tensor]:
-    model, layer, head = trace.model, trace.layer(layer), trace.head(head)
-    W, b = (model.W_Q, model.b_Q) if side == "query" else (model.W_K, model.b_K)
-    return W[layer, head], b[layer, head]
+def reader_of(trace: Trace, layer: int, head: int, side: Side, position: int, vector: Tensor) -> tuple[Tensor, float]:
+    """A vector that reads a head's rotated query or key at a position, as a reader of attention's input and a bias."""
+    reads = _Projection.of(trace, layer, head, side)
+    here = torch.tensor([position], device=vector.device)
+    back = Rotation(trace, layer, here).back(vector)[0] / reads.scale[position]
+    return reads.W @ back, (reads.b @ back).item()
 
 
 def score_scale(trace: Trace, layer: int) -> float:
-    cfg = trace.model.cfg
-    return cfg.d_head**-0.5 / (layer + 1 if getattr(cfg, "scale_attn_by_inverse_layer_idx", False) else 1)
+    """What a head's products of query and key are multiplied with."""
+    return trace.model.blocks[layer].attn.original_component.scaling
+
+
+def seen_from(trace: Trace, layer: int, destination: int) -> Int[Tensor, " key"]:
+    """The positions that attention at a destination reaches: all before it, or those in its sliding window."""
+    scores = trace.cache[f"blocks.{layer}.attn.hook_attn_scores"][0, destination, : destination + 1]
+    return (scores > torch.finfo(scores.dtype).min / 2).nonzero().squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Cap:
+    """What scores pass before softmax: nothing, except in Gemma 2, whose scores are capped by tanh."""
+
+    at: float  # 0: no cap
+
+    @classmethod
+    def of(cls, trace: Trace) -> Cap:
+        """The cap of a trace's model."""
+        return cls(max(trace.model.cfg.attn_scores_soft_cap, 0.0))
+
+    def softmax(self, scores: Float[Tensor, "*n key"]) -> Float[Tensor, "*n key"]:
+        """The pattern that scores give."""
+        return (self.at * (scores / self.at).tanh() if self.at else scores).softmax(-1)
+
+    def slope(self, scores: Float[Tensor, "*n key"]) -> Float[Tensor, "*n key"]:
+        """The derivative of what softmax gets by the scores."""
+        return 1 - (scores / self.at).tanh().square() if self.at else torch.ones_like(scores)

@@ -39,7 +39,7 @@ class Target:
         return (trace.gain(self.place, self.layer)[1] @ self.reader).item()
 
     def pulled_back(self, trace: Trace) -> Float[Tensor, " d_model"]:
-        """The reader as a direction in the residual stream: centred, as LayerNorm centres, and divided by its scale."""
+        """The reader as a direction in the residual stream: centred, if the norm centres, and divided by its scale."""
         return trace.pull_norm(self.place, self.layer, self.reader, self.position)
 
     def value(self, trace: Trace) -> float:
@@ -66,13 +66,13 @@ def feature(trace: Trace, layer: int, index: int, position: int = -1) -> Target:
 
 def logit(trace: Trace, token: str | int, position: int = -1) -> Target:
     """The logit of a token. Where the unembedding is centred, as in a processed model, this is the logit minus the
-    mean logit, and the target's name says so.
+    mean logit; where the model caps its logits, it is the logit before that. The target's name says so.
     """
     index = to_token(trace.model, token) if isinstance(token, str) else token
     index = whole("token", index, trace.model.cfg.d_vocab, "the vocabulary")
     W_U = trace.model.W_U
     centred = W_U.mean(dim=1).abs().max() < 1e-4 * W_U.std()
-    name = f"logit {token!r}" + " - mean logit" * bool(centred)
+    name = f"logit {token!r}" + " - mean logit" * bool(centred) + before_cap(trace)
     target = _final(trace, name, position, W_U[:, index], trace.model.b_U[index].item())
     return replace(target, token=index)
 
@@ -80,7 +80,8 @@ def logit(trace: Trace, token: str | int, position: int = -1) -> Target:
 def logit_difference(trace: Trace, token: str | int, other: str | int, position: int = -1) -> Target:
     """The logit of ``token`` minus that of ``other``; what both share, the mean logit too, cancels."""
     a, b = logit(trace, token, position), logit(trace, other, position)
-    return _final(trace, f"logit {token!r} - {other!r}", position, a.reader - b.reader, a.bias - b.bias)
+    name = f"logit {token!r} - {other!r}{before_cap(trace)}"
+    return _final(trace, name, position, a.reader - b.reader, a.bias - b.bias)
 
 
 def direction(trace: Trace, reader: Float[Tensor, " d_model"], place: Place, layer: int, position: int = -1) -> Target:
@@ -103,9 +104,15 @@ def head_source(trace: Trace, target: Target, layer: int, head: int, source: int
     layer, head, source = trace.layer(layer), trace.head(head), trace.position(source)
     if layer not in trace.attention_before(target.place, target.layer):
         raise ValueError(f"head {layer}.{head} does not come before {target.name}")
-    weight = trace.cache[f"blocks.{layer}.attn.hook_pattern"][head, target.position, source]
-    reader = weight * (trace.model.W_V[layer, head] @ (trace.model.W_O[layer, head] @ target.pulled_back(trace)))
+    weight = trace.pattern(layer)[head, target.position, source]
+    W_V, W_O = trace.block(layer).head(head)
+    reader = weight * (W_V @ (W_O @ target.pulled_back(trace)))
     return Target(f"head {layer}.{head} from {source} to {target.name}", "attn_in", layer, source, reader, 0.0)
+
+
+def before_cap(trace: Trace) -> str:
+    """What a logit's name says of a model that caps its logits, and of no other."""
+    return "" if trace.cap is None else f" (before the cap at {trace.cap:g})"
 
 
 def _final(trace: Trace, name: str, position: int, reader: Tensor, bias: float) -> Target:

@@ -143,6 +143,29 @@ def test_a_freeze_that_does_not_hold_is_noticed(models):
             tc.attribute(trace, targets.logit(trace, "w3"))
 
 
+def test_the_self_test_runs_once_per_trace_and_again_when_the_model_was_edited(models, monkeypatch):
+    trace, runs = make_trace(models, 1, 0, seed=1), []
+    monkeypatch.setattr(frozen, "propagate", lambda *given, whole=frozen.propagate: runs.append(1) or whole(*given))
+    target = targets.logit(trace, "w3")
+    for _ in range(3):
+        tc.attribute(trace, target)
+    assert len(runs) == 1
+    with trace.model.hooks(fwd_hooks=[("blocks.0.hook_attn_out", lambda value, hook: None)]):  # it only looks
+        tc.attribute(trace, target)
+    assert len(runs) == 2
+    tc.attribute(trace, target)
+    assert len(runs) == 2
+    weight = trace.model.blocks[0].attn.o.weight
+    with torch.no_grad():
+        weight *= 1.5
+    try:
+        with pytest.raises(frozen.NotFrozenError, match="without other edits"):
+            tc.attribute(trace, target)
+    finally:
+        with torch.no_grad():
+            weight /= 1.5
+
+
 def test_target_values_are_the_models_own_numbers(models):
     for which in (1, 4, 6, 7):
         trace = make_trace(models, which, 0, seed=1)

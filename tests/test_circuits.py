@@ -32,6 +32,7 @@ ARCHITECTURES = [
     {"activation": "jumprelu"},
 ]
 MODELS = [(2, "gpt2", True), (2, "gpt2", False), (2, "neox", False), (3, "gpt2", True)]  # layers, blocks, processed
+MODELS += [(2, "llama", True), (2, "gemma2", False)]
 
 
 class Models(list):

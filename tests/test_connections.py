@@ -7,10 +7,14 @@ import torch
 import tclib as tc
 from tclib import connections, factorisation, targets
 from tclib.activations import hook_in, hook_out
+from tclib.blocks import Block
 from tclib.transcoder import Transcoder, TranscoderConfig
 from tests.tiny import make_model, make_transcoder
 
-KINDS = [("gpt2", True), ("gpt2", False), ("neox", True), ("neox", False)]
+KINDS = [
+    ("gpt2", True), ("gpt2", False), ("neox", True), ("neox", False),
+    ("llama", True), ("gemma2", False), ("olmo2", False),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=str)
@@ -38,7 +42,8 @@ def test_pullback_through_a_head_agrees_with_the_opened_head(trace):
     rows = table[(table["kind"] == "feature") & (table["layer"] == 0)]
     factors = connections.pullback(trace, target, 0, heads=[(1, 2)])
     pattern = trace.cache["blocks.1.attn.hook_pattern"][2, -1, 3].item()
-    weight = pattern / target.scale(trace) / opened.scale(trace)
+    after = trace.cache.get("blocks.1.ln1_post.hook_scale", torch.ones(len(trace.tokens), 1))[-1].item()
+    weight = pattern / target.scale(trace) / opened.scale(trace) / after
     z = trace.features[0][3]
     by_hand = [z[i].item() * weight * factors[i] for i in rows["feature"]]
     assert len(rows) > 5
@@ -59,9 +64,12 @@ def test_de_embeddings(trace):
     assert row["contribution"] * target.scale(trace) == pytest.approx(direct[word], rel=1e-4, abs=1e-6)
     extended = connections.de_embed_through_mlp0(trace, target)
     assert extended.loc[word, "direct"] == pytest.approx(direct[word], rel=1e-5, abs=1e-6)
-    W_E = trace.model.W_E[trace.tokens[-1]]
-    x = (W_E - W_E.mean()) / (W_E.var(correction=0) + trace.model.cfg.eps).sqrt()
-    by_hand = trace.transcoders[0](x) @ (target.reader - target.reader.mean())
+    x, reader, cfg = trace.cache["hook_embed"][-1], target.reader, trace.model.cfg
+    if not cfg.uses_rms_norm:
+        x, reader = x - x.mean(), reader - reader.mean()
+    if "blocks.0.ln2.hook_scale" in trace.cache:  # OLMo 2 has no norm there
+        x = x / (x.square().mean() + cfg.eps).sqrt()
+    by_hand = trace.transcoders[0](x) @ reader
     assert extended.loc[word, "through_mlp0"] == pytest.approx(by_hand.item(), rel=1e-4, abs=1e-5)
 
 
@@ -115,8 +123,10 @@ def test_three_ways_to_split_an_mlp_each_sum_to_it(trace):
         assert table["contribution"].sum() == pytest.approx(whole, abs=1e-4 * table["contribution"].abs().sum())
     # The Jacobian is a derivative.
     x, step = trace.cache[hook_in(1)][2], 1e-3 * torch.randn(32, generator=torch.Generator().manual_seed(5))
-    norm = trace.model.blocks[1].ln2
-    mlp = [trace.model.blocks[1].mlp(((x + s) * norm.weight + norm.bias)[None, None])[0, 0] for s in (step, -step)]
+    block = trace.model.blocks[1]
+    norm = Block.of(trace.model, 1).before_mlp
+    gain, bias = (1, 0) if norm is None else (norm.gain, norm.bias)
+    mlp = [block.mlp(((x + s) * gain + bias)[None, None])[0, 0] for s in (step, -step)]
     slope = factorisation.jacobian_pullback(trace, 1, x, direction) @ (2 * step)
     assert slope.item() == pytest.approx(((mlp[0] - mlp[1]) @ direction).item(), rel=2e-2, abs=1e-5)
 

@@ -123,5 +123,5 @@ def test_another_architecture_gets_one_sentence(tmp_path):
     )
     make_model(tmp_path, layers=1, d_model=16, heads=2)  # for its tokenizer
     OPTForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="only GPT-2, GPT-NeoX and Llama blocks are supported"):
+    with pytest.raises(ValueError, match="positions and its MLP's activation differ"):
         tc.load_model(str(tmp_path), device="cpu")

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import tclib as tc
+from tclib import targets
 from tclib.activations import hook_in, hook_out
 from tclib.formats import check_fit, load_frequencies, memory_plan
 from tclib.model import layer_norms
@@ -137,6 +139,51 @@ def test_the_published_set_of_smollm2(tmp_path, d, factor):
     x = torch.randn(6, d)
     gain, bias = layer_norms(model, [1])[1]
     torch.testing.assert_close(transcoder(x), forward(x * gain + bias), rtol=1e-4, atol=1e-4)
+
+
+OWN, NORMALISED = ("mlp.hook_in", "mlp.hook_out"), ("ln2.hook_normalized", "hook_mlp_out")
+SETS = {  # what published sets of each tool read and write, and how their files are written
+    "circuit-tracer": (NORMALISED, lambda folder, layer: foreign.circuit_tracer(folder, layers=2)),
+    "circuit-tracer, of the MLP itself": (OWN, lambda folder, layer: foreign.circuit_tracer(folder, layers=2)),
+    "sparsify": (OWN, lambda folder, layer: foreign.sparsify(folder, layer, foreign.F, skip=False, seed=layer)),
+    "Gemma Scope": (NORMALISED, lambda folder, layer: foreign.gemma_scope(folder, layer, layer)),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2"])
+@pytest.mark.parametrize("tool", SETS)
+def test_sets_for_todays_models_fit_them(tmp_path, monkeypatch, tool, family):
+    """Dictionaries fitted to what the tool hooks, in its files, leave as little unexplained when they are read here."""
+    hooks, write = SETS[tool]
+    if family == "olmo2" and hooks == NORMALISED:
+        pytest.skip("nothing is normalised before its MLPs")
+    plain = make_model(tmp_path / "model", blocks=family, processed=False)
+    tokens = torch.randint(0, 40, (60, 16), generator=torch.Generator().manual_seed(0))
+    _, seen = plain.run_with_cache(tokens)
+    fits, unexplained = {}, {}
+    for layer in (0, 1):
+        x, y = (seen[f"blocks.{layer}.{hook}"].flatten(0, 1) for hook in hooks)
+        fits[layer] = w = foreign.weights(layer) | {"threshold": torch.zeros(foreign.F)}
+        w["W_enc"] = w["W_enc"] / x.std()
+        z = torch.relu(x @ w["W_enc"] + w["b_enc"])
+        solved = torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1)], 1), y).solution
+        w["W_dec"], w["b_dec"] = solved[:-1].contiguous(), solved[-1].contiguous()
+        unexplained[layer] = ((y - z @ w["W_dec"] - w["b_dec"]).square().sum() / (y - y.mean(0)).square().sum()).item()
+    monkeypatch.setattr(foreign, "weights", lambda seed, *sizes: fits[seed])
+    for layer in (0, 1) if "circuit" not in tool else (0,):
+        write(tmp_path / "set", layer)
+    if tool == "circuit-tracer, of the MLP itself":
+        config = (tmp_path / "set" / "config.yaml").read_text()
+        config = config.replace(NORMALISED[0], OWN[0]).replace(NORMALISED[1], OWN[1])
+        (tmp_path / "set" / "config.yaml").write_text(config)
+    for model in (plain, make_model(tmp_path / "model", blocks=family)):
+        with warnings.catch_warnings(action="ignore"):  # the text that loading asks about is nothing but w0 here
+            layers = load(tmp_path / "set", model=model)
+        with warnings.catch_warnings(action="error"):
+            fvu = check_fit(model, layers, tokens)["fvu"]
+        assert fvu.to_dict() == pytest.approx(unexplained, rel=1e-3) and fvu.max() < 0.7
+        trace = tc.trace(model, layers, tokens[0])
+        tc.attribute(trace, targets.logit(trace, 3))
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -22,6 +22,7 @@ ARCHITECTURES = [
 ]
 KINDS = [("gpt2", 1, True), ("gpt2", 2, False), ("gpt2", 3, True), ("gpt2", 4, False)]
 KINDS += [("neox", 3, False), ("neox", 2, True), ("neox-sequential", 3, False)]
+KINDS += [("llama", 3, True), ("gemma2", 2, False), ("olmo2", 3, False)]
 
 
 @pytest.fixture(scope="module")

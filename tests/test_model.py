@@ -4,21 +4,19 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tclib as tc
+from tclib.blocks import Block, check_architecture
 from tclib.memory import check_memory
-from tclib.model import check_architecture, layer_norms
+from tclib.model import layer_norms
 from tests.tiny import make_model
 
 OTHERS = {
-    "qwen2": (
-        {"model_type": "qwen2", "rms_norm_eps": 1e-6, "hidden_act": "silu"},
-        "its norm is RMSNorm, not LayerNorm",
-    ),
-    "mistral": (
-        {"model_type": "mistral", "num_attention_heads": 32, "num_key_value_heads": 8},
-        "share one key and value",
-    ),
+    "cohere": ({"model_type": "cohere"}, "its attention and MLP share one LayerNorm"),
+    "granite": ({"model_type": "granite"}, "its blocks scale what they write"),
+    "gemma3": ({"model_type": "gemma3"}, "it sees images beside the text"),
+    "quantised llama": ({"model_type": "llama", "quantization_config": {"bits": 4}}, "its weights are quantised"),
     "mixtral": ({"model_type": "mixtral", "num_local_experts": 8}, "its MLPs are mixtures of experts"),
     "bloom": ({"model_type": "bloom", "alibi": True}, "ALiBi position biases"),
     "t5": ({"model_type": "t5", "is_encoder_decoder": True}, "has an encoder beside the decoder"),
@@ -37,7 +35,7 @@ OTHERS = {
 @pytest.mark.parametrize("which", OTHERS)
 def test_other_architectures_are_refused_by_the_property_that_does_not_fit(which):
     config, reason = OTHERS[which]
-    with pytest.raises(ValueError, match="only GPT-2, GPT-NeoX and Llama blocks are supported, and") as caught:
+    with pytest.raises(ValueError, match="only blocks of GPT-2, .* are supported, and") as caught:
         check_architecture(config, "here")
     assert reason in str(caught.value)
 
@@ -47,24 +45,63 @@ def test_other_architectures_are_refused_by_the_property_that_does_not_fit(which
     [
         {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": True},
         {"model_type": "gpt_neox", "hidden_act": "gelu", "num_attention_heads": 16, "use_parallel_residual": True},
-        {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "num_attention_heads": 9,
-         "num_key_value_heads": 3},
+        {"model_type": "llama", "hidden_act": "silu", "num_attention_heads": 9, "num_key_value_heads": 3},
     ],
-)  # fmt: skip
+)
 def test_gpt2_pythia_and_smollm_are_not(config):
     check_architecture(config, "here")
 
 
-@pytest.mark.parametrize("blocks", ["gpt2", "neox", "neox-sequential"])
+@pytest.mark.parametrize("blocks", ["gpt2", "neox", "neox-sequential", "llama", "gemma2"])
 def test_layer_norms_are_those_on_disk(tmp_path, blocks):
     plain = make_model(tmp_path, blocks=blocks, processed=False)
     processed = make_model(tmp_path, blocks=blocks)
     for model in (plain, processed):
         for layer, (gain, bias) in layer_norms(model, [0, 1]).items():
-            torch.testing.assert_close(gain, plain.blocks[layer].ln2.weight)
-            torch.testing.assert_close(bias, plain.blocks[layer].ln2.bias)
-    with pytest.raises(ValueError, match="no LayerNorm before the MLP of layer 7"):
+            norm = Block.of(plain, layer).before_mlp
+            torch.testing.assert_close(gain, norm.gain)
+            torch.testing.assert_close(bias, norm.bias)
+    with pytest.raises(ValueError, match="no norm before the MLP of layer 7"):
         layer_norms(plain, [7])
+
+
+def _in_two_files(folder):
+    """The weights as larger models have them."""
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(whole)
+    parts = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, inside in parts.items():
+        save_file({name: whole[name] for name in inside}, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, inside in parts.items() for name in inside}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_weights_in_several_files_are_the_same_model(tmp_path):
+    tokens = torch.tensor([[40, 1, 2, 3]])
+    whole = make_model(tmp_path, blocks="llama")
+    norms = layer_norms(whole, [1])[1]
+    _in_two_files(tmp_path)
+    parts = tc.load_model(str(tmp_path), device="cpu")
+    torch.testing.assert_close(parts(tokens), whole(tokens), rtol=0, atol=0)
+    torch.testing.assert_close(layer_norms(parts, [1])[1], norms)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "sentence"),
+    [
+        ({"a": "model-00001-of-00003.safetensors"}, "model-00001-of-00003.safetensors is missing"),
+        ({"a": "../model-00001-of-00002.safetensors"}, "it lists no files like"),
+        ({}, "it lists no files like"),
+        ("model-00001-of-00002.safetensors", "it lists no files like"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_folder_gets_one_sentence(tmp_path, weight_map, sentence):
+    make_model(tmp_path, blocks="llama")
+    _in_two_files(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=sentence):
+        tc.load_model(str(tmp_path), device="cpu")
 
 
 def test_what_does_not_fit_into_memory_is_said_before(tmp_path, monkeypatch):
@@ -81,9 +118,9 @@ def test_a_plan_adds_up():
 
 def test_a_folder_of_other_blocks_is_refused_before_its_weights_are_read(tmp_path):
     make_model(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "rms_norm_eps": 1e-5}), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}), encoding="utf-8")
     (tmp_path / "model.safetensors").write_bytes(b"never looked at")
-    with pytest.raises(ValueError, match="RMSNorm"):
+    with pytest.raises(ValueError, match="it has no attention"):
         tc.load_model(str(tmp_path), device="cpu")
 
 

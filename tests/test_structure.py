@@ -199,3 +199,46 @@ def test_core_module_is_small_and_stands_alone(path):
             parts = module.split(".")
             inside = len(parts) > 1 and parts[0] == "tclib" and parts[1] in subpackages
             assert not inside, f"{path.name} imports {module}"
+
+
+def _modules() -> dict[str, set[str]]:
+    """What each module of the library imports from it while it is imported itself, packages' `__init__` included."""
+    files = {path: ".".join(path.relative_to(REPO).with_suffix("").parts) for path in (REPO / "tclib").rglob("*.py")}
+    names = {name.removesuffix(".__init__") for name in files.values()}
+    found = {}
+    for path, name in files.items():
+        name, imported = name.removesuffix(".__init__"), set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                node = node.body[0]
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                imported |= (inside & names) or {node.module}
+        found[name] = {module for module in imported & names if module != "tclib"}
+    return found
+
+
+def _reached(modules: dict[str, set[str]], start: str) -> set[str]:
+    """Everything that importing a module brings with it."""
+    seen, waiting = set(), {start}
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        packages = {module.rsplit(".", n)[0] for n in range(1, module.count("."))}
+        waiting |= (modules[module] | packages & modules.keys()) - seen
+    return seen
+
+
+def test_no_two_core_modules_import_each_other():
+    modules = _modules()
+    core = {f"tclib.{path.stem}" for path in CORE}
+    circles = [(a, b) for a in core & modules.keys() for b in modules[a] & core if a in _reached(modules, b) and a != b]
+    assert not circles
+
+
+def test_opening_checkpoints_needs_no_generator_of_text_and_sweeps_no_command_line():
+    modules = _modules()
+    assert not {module for module in _reached(modules, "tclib.formats.load") if "chronicle" in module}
+    assert not {module for module in _reached(modules, "tclib.sweeping") if module.startswith("tclib.cli")}

@@ -6,13 +6,30 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tclib.activations import hook_in, hook_out
 from tclib.model import load_model
 from tclib.transcoder import Transcoder, TranscoderConfig
 
 WORDS = [f"w{i}" for i in range(40)]
+# Families of today's models: what makes a small one of each, all with two value heads for four query heads.
+_WINDOW = {"sliding_window": 4}
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 12, "layer_types": ["sliding_attention", "full_attention"] * 4}
+FAMILIES = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen2": {},
+    "qwen3": {"head_dim": 12},
+    "mistral": {"head_dim": 8} | _WINDOW,
+    "phi3": {"partial_rotary_factor": 0.5},
+    "gemma": {"head_dim": 12},
+    "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0} | _GEMMA | _WINDOW,
+    "gemma3_text": _GEMMA | _WINDOW,
+    "olmo2": {},
+}
 
 
 def make_model(
@@ -21,7 +38,7 @@ def make_model(
 ):  # fmt: skip
     """A random model's folder, loaded through `tclib.load_model`. Its vocabulary is w0 ... w39 and <|endoftext|>.
 
-    ``blocks``: "gpt2"; "neox" (rotary, attention and MLP in parallel) or "neox-sequential".
+    ``blocks``: "gpt2"; "neox" (rotary, attention and MLP in parallel) or "neox-sequential"; one of `FAMILIES`.
     """
     torch.manual_seed(seed)
     bos = len(WORDS)
@@ -29,6 +46,12 @@ def make_model(
     if blocks == "gpt2":
         config = GPT2Config(n_positions=context, n_embd=d_model, n_layer=layers, n_head=heads, **common)
         model = GPT2LMHeadModel(config)
+    elif blocks in FAMILIES:
+        own = {name: value[:layers] if name == "layer_types" else value for name, value in FAMILIES[blocks].items()}
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[blocks](
+            hidden_size=d_model, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
+            intermediate_size=2 * d_model, max_position_embeddings=context, pad_token_id=None, **own, **common,
+        ))  # fmt: skip
     else:
         config = GPTNeoXConfig(
             hidden_size=d_model, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=2 * d_model,
@@ -46,7 +69,10 @@ def make_model(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="w0"
     )
     fast.save_pretrained(folder)
-    return load_model(str(folder), device="cpu", processed=processed)
+    loaded = load_model(str(folder), device="cpu", processed=processed)
+    if blocks == "qwen2":  # transformers makes a tokenizer of its own class for it, which knows none of these words
+        loaded._tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # the public name would change it back
+    return loaded
 
 
 def make_transcoder(layer: int, d_model: int = 32, d_features: int = 64, seed: int = 0, **config) -> Transcoder:

@@ -23,7 +23,9 @@ from tclib.notebook import (
     assigned_literals,
     declared_parameters,
     find_headline,
+    one_line,
     unknown_parameter,
+    why,
 )
 from tclib.paths import read_text
 
@@ -265,15 +267,6 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
     return Result(source.stem, seconds, problem, target, failed=True)
 
 
-def why(error: Exception) -> str:
-    """What went wrong in a notebook, and in which cell."""
-    import papermill
-
-    if isinstance(error, papermill.PapermillExecutionError):
-        return f"in cell {error.cell_index + 1}, In [{error.exec_count}]: {error.ename}: {one_line(error.evalue)}"
-    return f"({type(error).__name__}: {one_line(str(error))})"
-
-
 @contextlib.contextmanager
 def stderr_to(log: Path) -> Iterator[None]:
     """Send what kernels say outside their notebooks to a file: start-up warnings, the traceback
@@ -287,12 +280,6 @@ def stderr_to(log: Path) -> Iterator[None]:
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)
-
-
-def one_line(text: str, longest: int = 160) -> str:
-    """``text`` without line breaks, cut short."""
-    text = " ".join(text.split())
-    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def table(results: Sequence[Result]) -> str:

@@ -21,7 +21,7 @@ from tclib.dashboard.figure import figure
 from tclib.index import read, search
 from tclib.index.connect import strongest
 from tclib.index.store import Index
-from tclib.training.files import write_whole
+from tclib.paths import write_whole
 from tclib.transcoder import Transcoder
 from tclib.views import highlighted
 

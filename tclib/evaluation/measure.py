@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import MLPActivations, forward, hook_in, hook_out, our_name
+from tclib.activations import forward, hook_in, hook_out, our_name
 from tclib.evaluation.faithfulness import check_text, compare, numbered
 from tclib.evaluation.sums import Sums, bootstrap_weights
 from tclib.inputs import check_layers, words
@@ -81,7 +81,7 @@ def measure(
     fits = {layer: _Fit(transcoder) for layer, transcoder in transcoders.items()}
     swaps = _swaps(transcoders, groups, _mean_outputs(model, layers, tokens[:MEAN_ROWS], batch_size) if groups else {})
     faith = defaultdict(Sums)
-    names = {name for layer in layers for name in (hook_in(layer), hook_out(layer))}
+    names = {name for t in transcoders.values() for name in (t.config.hook_in, t.config.hook_out)}
     stop = None if groups else max(layers) + 1
     draw = torch.Generator().manual_seed(seed)
     for rows in tokens.split(batch_size):
@@ -90,7 +90,8 @@ def measure(
         logits, cache = model.run_with_cache(rows, names_filter=lambda n: n in names, stop_at_layer=stop)
         keep = torch.ones_like(rows, dtype=torch.bool) if bos else words(model, rows)
         for layer, fit in fits.items():
-            fit.add(weights, keep, MLPActivations(cache[hook_in(layer)], cache[hook_out(layer)]))
+            config = transcoders[layer].config
+            fit.add(weights, keep, cache[config.hook_in], cache[config.hook_out])
         if groups:
             compare(model, rows, logits, swaps, weights, faith)
     return Measured(
@@ -185,11 +186,7 @@ class _Fit:
         self.transcoder, self.sums = transcoder, Sums()
         self.fired = torch.zeros(transcoder.config.d_features, dtype=torch.float64)
 
-    def add(self, weights: Tensor, keep: Bool[Tensor, "row pos"], acts: MLPActivations) -> None:
-        c = self.transcoder.config
-        # An SAE reconstructs what it reads: its hooks are equal.
-        sides = (our_name(hook).endswith("hook_mlp_out") for hook in (c.hook_in, c.hook_out))
-        x, y = (acts.y if after else acts.x for after in sides)
+    def add(self, weights: Tensor, keep: Bool[Tensor, "row pos"], x: Tensor, y: Tensor) -> None:
         z = self.transcoder.encode(x)
         imitation = self.transcoder.decode(z, x)
         self.fired += (z[keep] > 0).sum(0).cpu()

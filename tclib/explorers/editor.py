@@ -129,8 +129,9 @@ def _together(
     for layer, position, feature in nodes:
         change[layer][position] -= trace.features[layer][position, feature] * trace.transcoders[layer].W_dec[feature]
     hooks = intervene.hold(trace.cache, held)
-    hooks += [(hook_out(layer), lambda y, hook, added=added: y + added) for layer, added in change.items()]
-    needed = {name for name in trace.cache if "hook_resid" in name or name.endswith("hook_scale")}
+    writes = {layer: trace.transcoders[layer].config.hook_out for layer in change}
+    hooks += [(writes[layer], lambda y, hook, added=added: y + added) for layer, added in change.items()]
+    needed = {name for name in trace.cache if "hook_resid" in name or name.endswith(("hook_scale", "hook_embed"))}
     with intervene.edited(trace.model, hooks):
         _, cache = trace.model.run_with_cache(trace.tokens[None], names_filter=needed.__contains__)
     changed = replace(trace, cache={name: value[0] for name, value in cache.items()})

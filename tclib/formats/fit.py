@@ -14,7 +14,6 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib.activations import mlp_activations
 from tclib.inputs import check_tokens, words
 from tclib.model import layer_norms
-from tclib.text import load_text
 from tclib.tracing import check_belongs
 from tclib.transcoder import Transcoder
 
@@ -41,12 +40,16 @@ def check_fit(
     for layer, transcoder in transcoders.items():
         check_belongs(model, layer, transcoder)
     if tokens is None:
+        from tclib.text import load_text  # brings the generator of chronicles, which nobody needs to open a file
+
         tokens = load_text(model, "chronicle", -(-TOKENS // model.cfg.n_ctx))[:, :TOKENS]
     tokens = check_tokens(model, tokens)
     all_layers = list(range(model.cfg.n_layers))
     kept = {layer: ([], []) for layer in all_layers}
     kept_words = words(model, tokens.to(model.cfg.device))
-    for rows, batch in zip(kept_words.split(8), mlp_activations(model, tokens, all_layers, batch_size=8), strict=True):
+    writes = {layer: transcoder.config.hook_out for layer, transcoder in transcoders.items()}
+    batches = mlp_activations(model, tokens, all_layers, 8, writes)
+    for rows, batch in zip(kept_words.split(8), batches, strict=True):
         for layer, seen in batch.items():
             kept[layer][0].append(seen.x[rows])
             kept[layer][1].append(seen.y[rows])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tclib.activations import hook_out, mlp_out
 from tclib.guards import BadFile
 from tclib.transcoder import Transcoder, TranscoderConfig, expected_shapes
 
@@ -68,19 +69,28 @@ def numbers(config: TranscoderConfig) -> int:
 class Layers(Mapping[int, Transcoder]):
     """``{layer: Transcoder}``; each transcoder is made when it is first asked for, and kept.
 
-    Until then a layer takes no memory; afterwards, on a CPU in the file's own dtype, only what is folded.
+    Until then a layer takes no memory; afterwards, on a CPU in the file's own dtype, only what is folded. In the layers
+    ``to_stream`` no norm follows the MLP: what it gives is what is written to the stream.
     """
 
     def __init__(
-        self, stored: Mapping[int, Stored], device: torch.device, dtype: torch.dtype, norms: Mapping[int, LayerNorm]
+        self,
+        stored: Mapping[int, Stored],
+        device: torch.device,
+        dtype: torch.dtype,
+        norms: Mapping[int, LayerNorm],
+        to_stream: Collection[int] = (),
     ) -> None:
         self.stored = {layer: stored[layer] for layer in sorted(stored)}
-        self.device, self.dtype, self._norms = device, dtype, norms
+        self.device, self.dtype, self._norms, self._to_stream = device, dtype, norms, to_stream
         self._made: dict[int, Transcoder] = {}
 
     def __getitem__(self, layer: int) -> Transcoder:
         if layer not in self._made:
-            self._made[layer] = self.stored[layer].transcoder(self.device, self.dtype, self._norms.get(layer))
+            made = self.stored[layer].transcoder(self.device, self.dtype, self._norms.get(layer))
+            if made.config.hook_out == mlp_out(layer) and layer in self._to_stream:
+                made.config = made.config.model_copy(update={"hook_out": hook_out(layer)})
+            self._made[layer] = made
         return self._made[layer]
 
     def __iter__(self) -> Iterator[int]:

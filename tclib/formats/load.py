@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import guards, hub
+from tclib.blocks import Block
 from tclib.formats import readers
 from tclib.formats.detect import FORMATS, SPARSITY, Format, detect, needed
 from tclib.formats.fit import check_fit
@@ -40,7 +41,8 @@ def load_transcoders(
         dtype: of the weights. On a CPU, in the dtype that the file has, they are not copied into memory. To be used
             with a model they must have its dtype (float32); others are for looking at weights and saving them.
         model: the model they belong to. With it, `check_fit` warns about layers that do not fit. sparsify's files
-            need it: they read after LayerNorm's gain and bias, which are then folded into the encoder.
+            need it, as do others that name ``mlp.hook_in``: they read after the norm's gain and bias, which are then
+            folded into the encoder.
 
     Raises:
         ValueError: no transcoders, no floating-point dtype, files of two formats, a damaged or dangerous file, not in
@@ -60,7 +62,9 @@ def load_transcoders(
         norms = layer_norms(model, list(stored))
     if copied := sum(layer.copied_bytes(place, dtype) for layer in stored.values()):
         check_memory({"transcoders": copied}, place)
-    layers = Layers(stored, place, dtype, norms)
+    known = [layer for layer in stored if layer < model.cfg.n_layers] if model is not None else []
+    to_stream = [layer for layer in known if Block.of(model, layer).after_mlp is None]
+    layers = Layers(stored, place, dtype, norms, to_stream)
     if model is not None:
         check_fit(model, layers)
     return layers

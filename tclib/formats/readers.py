@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
 from tclib import guards
-from tclib.activations import hook_in, hook_out
+from tclib.activations import hook_in, hook_out, mlp_out
 from tclib.formats.layers import Stored, numbers
 from tclib.guards import BadFile
 from tclib.transcoder import TranscoderConfig, expected_shapes, read_config
@@ -122,15 +122,17 @@ def saelens(path: Path) -> Stored:
     meta = cfg.metadata
     if not meta.hook_name or not meta.hook_name_out:
         raise BadFile(f"{where} does not say hook_name and hook_name_out in its metadata: what it reads is unknown")
+    layer = _layer_of(meta.hook_name, where)
+    reads, after_norm = _reads(layer, meta.hook_name)
     config = guards.parsed(where, TranscoderConfig, {
-        "d_in": cfg.d_in, "d_out": cfg.d_out, "d_features": cfg.d_sae, "hook_in": meta.hook_name,
+        "d_in": cfg.d_in, "d_out": cfg.d_out, "d_features": cfg.d_sae, "hook_in": reads,
         "hook_out": meta.hook_name_out, "model_name": meta.model_name or "unknown",
         **SAELENS_KINDS[cfg.architecture],
     })  # fmt: skip
     expected = expected_shapes(config) | ({"W_skip": (cfg.d_out, cfg.d_in)} if config.skip else {})
     guards.check_shapes(path, guards.safetensors_shapes(path), expected)
-    names, layer = {name: name for name in expected}, _layer_of(config.hook_in, where)
-    return Stored(layer, path, numbers(config), lambda: (config, _turned(path, names, "W_skip")))
+    names = {name: name for name in expected}
+    return Stored(layer, path, numbers(config), lambda: (config, _turned(path, names, "W_skip")), after_norm)
 
 
 class _CircuitTracerConfig(_Foreign):
@@ -168,10 +170,11 @@ def circuit_tracer(path: Path) -> Stored:
     if len(shapes.get("W_enc", ())) != 2:
         raise BadFile(f"{path} has no matrix W_enc")
     d_features, d_model = shapes["W_enc"]
+    reads, after_norm = _reads(layer, f"blocks.{layer}.{cfg.feature_input_hook}")
     config = guards.parsed(where, TranscoderConfig, {
         "d_in": d_model, "d_out": d_model, "d_features": d_features, "activation": activation,
         "k": k if activation == "topk" else None, "skip": "W_skip" in shapes, "model_name": cfg.model_name,
-        "hook_in": f"blocks.{layer}.{cfg.feature_input_hook}", "hook_out": f"blocks.{layer}.{cfg.feature_output_hook}",
+        "hook_in": reads, "hook_out": f"blocks.{layer}.{cfg.feature_output_hook}",
     })  # fmt: skip
     names = {name: name for name in expected_shapes(config)} | (
         {"threshold": "activation_function.threshold"} if jump else {}
@@ -184,7 +187,7 @@ def circuit_tracer(path: Path) -> Stored:
         raise BadFile(
             f"{path} has negative thresholds: circuit-tracer lets negative activations pass there, this does not"
         )
-    return Stored(layer, path, numbers(config), lambda: (config, _turned(path, names, "W_enc", "W_skip")))
+    return Stored(layer, path, numbers(config), lambda: (config, _turned(path, names, "W_enc", "W_skip")), after_norm)
 
 
 _LENGTHS = ("in_norm", "out_norm")  # mean lengths of inputs and outputs, where sparsify normalises them
@@ -204,8 +207,9 @@ class _SparsifyConfig(_Foreign):
 def sparsify(path: Path) -> Stored:
     """sparsify (EleutherAI): ``cfg.json`` and ``sae.safetensors`` in a folder named after the MLP, ``layers.3.mlp``.
 
-    It reads the MLP module's own input, after LayerNorm's gain and bias. With ``normalize_io`` it divides inputs by
-    their mean length and multiplies outputs by theirs, both over sqrt(d_in): numbers that its weights take up here.
+    It reads the MLP module's own input, after LayerNorm's gain and bias, and gives its own output, before a norm that
+    may follow. With ``normalize_io`` it divides inputs by their mean length and multiplies outputs by theirs, both over
+    sqrt(d_in): numbers that its weights take up here.
     """
     where = path.with_name("cfg.json")
     cfg = guards.parsed(where, _SparsifyConfig, guards.read_json(where))
@@ -218,7 +222,7 @@ def sparsify(path: Path) -> Stored:
     d_features = cfg.num_latents or cfg.d_in * cfg.expansion_factor
     config = guards.parsed(where, TranscoderConfig, {
         "d_in": cfg.d_in, "d_out": cfg.d_in, "d_features": d_features, "activation": "topk", "k": cfg.k,
-        "skip": cfg.skip_connection, "model_name": "unknown", "hook_in": hook_in(layer), "hook_out": hook_out(layer),
+        "skip": cfg.skip_connection, "model_name": "unknown", "hook_in": hook_in(layer), "hook_out": mlp_out(layer),
     })  # fmt: skip
     names = {name: name for name in expected_shapes(config)} | {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
     expected = {names[name]: shape for name, shape in expected_shapes(config).items()}
@@ -276,6 +280,12 @@ def _turned(path: Path, names: dict[str, str], *which: str) -> dict[str, Tensor]
     """Tensors by our names, some of them stored as the transpose of ours."""
     tensors = guards.read_safetensors(path, names)
     return {name: t.T if name in which else t for name, t in tensors.items()}
+
+
+def _reads(layer: int, hook: str) -> tuple[str, bool]:
+    """Our name of what a transcoder reads, and whether it reads that with the norm's gain and bias."""
+    full = hook in (f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.ln2.hook_out")
+    return (hook_in(layer) if full else hook), full
 
 
 def _number(stem: str) -> int:

@@ -19,6 +19,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from tclib.activations import norm_after
+from tclib.blocks import Block
 from tclib.evaluation.measure import check
 from tclib.index.pairs import Finder
 from tclib.index.store import (
@@ -181,19 +183,21 @@ def active_pairs(
 ) -> dict[int, dict[str, np.ndarray]]:
     """By layer: ``features``, ``positions`` and ``values`` of a batch's active pairs, and the LayerNorm's ``scale``."""
     rows = rows.to(model.cfg.device)
-    scales = {layer: f"blocks.{layer}.ln2.hook_scale" for layer in finders}
+    norms = {layer: Block.of(model, layer).before_mlp for layer in finders}
+    scales = {layer: f"{norm.hook}.hook_scale" for layer, norm in norms.items() if norm is not None}
     reads = {layer: finder.transcoder.config.hook_in for layer, finder in finders.items()}
     cache = _run(model, rows, {*reads.values(), *scales.values()}, max(finders) + 1)
     keep = words(model, rows).flatten()
     places = keep.nonzero().squeeze(1).cpu().numpy() + first_row * rows.shape[1]
     found = {}
     for layer, finder in finders.items():
+        scale = cache[scales[layer]] if layer in scales else torch.ones_like(rows)
         pairs = finder(cache[reads[layer]].flatten(0, 1)[keep])
         found[layer] = {
             "features": pairs.features,
             "positions": places[pairs.tokens].astype(np.int32),
             "values": pairs.values,
-            "scale": cache[scales[layer]].flatten().float().cpu().numpy(),
+            "scale": scale.flatten().float().cpu().numpy(),
         }
     return found
 
@@ -206,13 +210,16 @@ def _run(model: TransformerBridge, rows: Tensor, names: set[str], stop: int) -> 
     """As ``run_with_cache``, but the pass ends at the last name: what the last MLP writes is not asked for."""
     cache = {}
 
-    def keep(x, hook):
-        cache[hook.name] = x
-        if len(cache) == len(names):
-            raise _Enough
+    def keep(name: str):  # hook.name may be another name of the same place
+        def kept(x, hook):
+            cache[name] = x
+            if len(cache) == len(names):
+                raise _Enough
+
+        return kept
 
     try:
-        with edited(model, [(name, keep) for name in names]):
+        with edited(model, [(name, keep(name)) for name in names]):
             model(rows, stop_at_layer=stop)
     except _Enough:
         pass
@@ -262,6 +269,11 @@ def _about(model, transcoders, tokens: Tensor, start: int, stop: int) -> dict:
         "batch_rows": BATCH_ROWS,
         "layers": layers,
     }
+    blocks = {layer: Block.of(model, layer) for layer in transcoders}
+    if not all(block.before_mlp is not None and block.before_mlp.centres for block in blocks.values()):
+        about["centres"] = False  # nothing centres the stream before it is read: `tclib.index.connect` must not either
+    if any(norm_after(model, layer, t.config.hook_out) is not None for layer, t in transcoders.items()):
+        about["norm_after"] = True
     return json.loads(json.dumps(about))
 
 

@@ -1,6 +1,6 @@
 """Strongest connections of a feature, by weights alone and weighted by the text of an index, without another pass.
 
-With V = f_dec . f_enc (centred as LayerNorm centres), z the later and z_i the earlier activation, scale the LayerNorm
+With V = f_dec . f_enc (centred if the norm centres), z the later and z_i the earlier activation, scale the LayerNorm
 scale at the later layer's MLP, over all tokens but BOS (as `tclib.connections.data_weighted`):
 
     input_x_gradient = V E[ 1(z > 0) z_i / scale ]
@@ -32,8 +32,7 @@ def incoming(index: Index, transcoders: Mapping[int, Transcoder], layer: int, fe
         the feature never fired.
     """
     feature = _feature(index, transcoders, layer, feature)
-    f_enc = transcoders[layer].W_enc[:, feature]
-    f_enc = (f_enc - f_enc.mean()).cpu()
+    f_enc = _centred(index, transcoders[layer].W_enc[:, feature]).cpu()
     tables = [_empty()]
     for earlier in sorted(at for at in transcoders if at < layer):
         V = (transcoders[earlier].W_dec.cpu() @ f_enc).numpy()
@@ -56,8 +55,7 @@ def incoming(index: Index, transcoders: Mapping[int, Transcoder], layer: int, fe
 def outgoing(index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int) -> pd.DataFrame:
     """Every feature of every later layer as a reader of one feature, on the direct path; columns as `incoming`."""
     feature = _feature(index, transcoders, layer, feature)
-    f_dec = transcoders[layer].W_dec[feature]
-    f_dec = (f_dec - f_dec.mean()).cpu()
+    f_dec = _centred(index, transcoders[layer].W_dec[feature]).cpu()
     tables = [_empty()]
     for later in sorted(at for at in transcoders if at > layer):
         V = (f_dec @ transcoders[later].W_enc.cpu()).numpy()
@@ -83,6 +81,15 @@ def strongest(table: pd.DataFrame, by: str, k: int = 8) -> pd.DataFrame:
 
 def _feature(index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int) -> int:
     return feature_of(transcoders, layer, index.feature(layer, feature))
+
+
+def _centred(index: Index, vector: torch.Tensor) -> torch.Tensor:
+    if index.about.get("norm_after"):
+        raise ValueError(
+            "these transcoders write through a norm, whose scales the index does not have: use "
+            "tclib.connections.data_weighted"
+        )
+    return vector - vector.mean() if index.about.get("centres", True) else vector
 
 
 def _at(index: Index, positions: np.ndarray, values) -> np.ndarray:

@@ -18,8 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.index import read, search
 from tclib.index.store import Index, fingerprint
-from tclib.paths import data_path
-from tclib.training.files import write_whole
+from tclib.paths import data_path, write_whole
 from tclib.transcoder import Transcoder
 
 STRONGEST, BANDS, EACH = 5, 5, 2  # examples kept of each feature

@@ -1,7 +1,7 @@
 """What every notebook uses; the core never imports it."""
 
 from tclib.notebook.declared import declared_parameters
-from tclib.notebook.page import figure_defaults, find_headline, headline, seed_everything
+from tclib.notebook.page import figure_defaults, find_headline, headline, one_line, seed_everything, why
 from tclib.notebook.parameters import (
     Parameter,
     ParameterError,
@@ -22,7 +22,9 @@ __all__ = [
     "find_headline",
     "headline",
     "injected_names",
+    "one_line",
     "parameters",
     "seed_everything",
     "unknown_parameter",
+    "why",
 ]

@@ -67,3 +67,18 @@ def figure_defaults() -> None:
 
         # Without this, each PNG names the matplotlib version that drew it.
         set_matplotlib_formats("png", metadata={"Software": None})
+
+
+def why(error: Exception) -> str:
+    """What went wrong in a notebook, and in which cell."""
+    import papermill
+
+    if isinstance(error, papermill.PapermillExecutionError):
+        return f"in cell {error.cell_index + 1}, In [{error.exec_count}]: {error.ename}: {one_line(error.evalue)}"
+    return f"({type(error).__name__}: {one_line(str(error))})"
+
+
+def one_line(text: str, longest: int = 160) -> str:
+    """``text`` without line breaks, cut short."""
+    text = " ".join(text.split())
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -8,7 +8,7 @@ from contextvars import Context
 from pathlib import Path
 from typing import Any
 
-from tclib.cli.run import why
+from tclib.notebook import why
 from tclib.sweeping.results import MIME, Point, Run, read_run, write_run
 
 

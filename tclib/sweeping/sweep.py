@@ -11,8 +11,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from tclib.cli.run import one_line
-from tclib.notebook import declared_parameters
+from tclib.notebook import declared_parameters, one_line
 from tclib.paths import read_text
 from tclib.sweeping.cluster import connected
 from tclib.sweeping.execute import execute

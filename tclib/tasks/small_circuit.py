@@ -42,7 +42,7 @@ class Gated:
             check_dtype(model, layer, transcoder)
         self.model, self.transcoders, self.prompts = model, transcoders, prompts
         layers = range(model.cfg.n_layers)
-        names = [f for n in layers for f in (f"blocks.{n}.attn.hook_z", hook_in(n), hook_out(n))]
+        names = [f for n in layers for f in (f"blocks.{n}.attn.hook_z", hook_in(n), self._out(n))]
         varies: dict[tuple[str, int], Tensor] = {}
         self.means = []
         first = 0
@@ -53,7 +53,7 @@ class Gated:
             means = {}
             for layer in layers:
                 live = {"head": cache[f"blocks.{layer}.attn.hook_z"]}
-                live |= self._mlp(layer, cache[hook_in(layer)], cache[hook_out(layer)])
+                live |= self._mlp(layer, cache[hook_in(layer)], cache[self._out(layer)])
                 for kind, value in live.items():
                     mean = gt.mean_over_years(value.flatten(1), rows).view_as(value)
                     means[kind, layer] = mean
@@ -127,8 +127,11 @@ class Gated:
                 transcoder = self.transcoders[layer]
                 return out + mixed("feature", layer, live["feature"]) @ transcoder.W_dec + transcoder.b_dec
 
-            hooks += [(f"blocks.{layer}.attn.hook_z", attention), (hook_in(layer), remember), (hook_out(layer), mlp)]
+            hooks += [(f"blocks.{layer}.attn.hook_z", attention), (hook_in(layer), remember), (self._out(layer), mlp)]
         return hooks
+
+    def _out(self, layer: int) -> str:
+        return self.transcoders[layer].config.hook_out if layer in self.transcoders else hook_out(layer)
 
     def _mlp(self, layer: int, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The MLP's output y as features and what they miss."""
