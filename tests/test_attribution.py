@@ -254,7 +254,7 @@ def test_an_unbalanced_table_is_an_error(models):
         (lambda t: targets.feature(t, 1, 0, position=7), "position 7 is outside the prompt"),
         (lambda t: targets.logit(t, "w1 w2"), "is 2 tokens"),
         (lambda t: targets.direction(t, torch.zeros(3), "mlp_in", 0), "not \\(32,\\)"),
-        (lambda t: targets.head_source(t, targets.feature(t, 1, 0), 1, 4, 0), "head 1.4 does not come before"),
+        (lambda t: targets.head_source(t, targets.feature(t, 1, 0), 1, 4, 0), "head 4 is outside the layer"),
         (lambda t: tc.trace(t.model, t.transcoders, " "), "prompt is empty"),
         (lambda t: tc.trace(t.model, t.transcoders, "w1 " * 16), "17 tokens with BOS"),
         (lambda t: tc.trace(t.model, {5: t.transcoders[1]}, "w1"), "do not belong together"),

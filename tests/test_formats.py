@@ -159,10 +159,11 @@ def test_sets_for_todays_models_fit_them(tmp_path, monkeypatch, tool, family):
         pytest.skip("nothing is normalised before its MLPs")
     plain = make_model(tmp_path / "model", blocks=family, processed=False)
     tokens = torch.randint(0, 40, (60, 16), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = 40
     _, seen = plain.run_with_cache(tokens)
     fits, unexplained = {}, {}
     for layer in (0, 1):
-        x, y = (seen[f"blocks.{layer}.{hook}"].flatten(0, 1) for hook in hooks)
+        x, y = (seen[f"blocks.{layer}.{hook}"][:, 1:].flatten(0, 1) for hook in hooks)
         fits[layer] = w = foreign.weights(layer) | {"threshold": torch.zeros(foreign.F)}
         w["W_enc"] = w["W_enc"] / x.std()
         z = torch.relu(x @ w["W_enc"] + w["b_enc"])
