@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,8 @@ def load_model(name: str = "bundled", device: str | None = None, processed: bool
             names = {"ln1.hook_normalized": "attn.hook_in", "ln2.hook_normalized": "mlp.hook_in"}
             block.hook_aliases = {**block.hook_aliases, **names}
     if processed:
-        with _quiet_loading():
+        with _quiet_loading(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not support fold_ln")  # said above; gains stay in use
             model.enable_compatibility_mode(disable_warnings=True)
     return model.requires_grad_(False)
 

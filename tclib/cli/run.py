@@ -23,7 +23,6 @@ from tclib.notebook import (
     assigned_literals,
     declared_parameters,
     find_headline,
-    one_line,
     unknown_parameter,
     why,
 )
