@@ -80,7 +80,7 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
         reasons.append("its MLPs are gated")
     if kind not in FAMILIES or reasons:
         reason = reasons[0] if reasons else _KINDS.get(kind, "its blocks are not the same as theirs")
-        raise ValueError(f"{where} is a {kind} model: only blocks of {SUPPORTED} are supported, and {reason}")
+        raise ValueError(f"{where} is a {kind} model: only {SUPPORTED} blocks are supported, and {reason}")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ OTHERS = {
 @pytest.mark.parametrize("which", OTHERS)
 def test_other_architectures_are_refused_by_the_property_that_does_not_fit(which):
     config, reason = OTHERS[which]
-    with pytest.raises(ValueError, match="only blocks of GPT-2, .* are supported, and") as caught:
+    with pytest.raises(ValueError, match="only GPT-2, .* blocks are supported, and") as caught:
         check_architecture(config, "here")
     assert reason in str(caught.value)
 
