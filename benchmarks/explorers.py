@@ -52,7 +52,7 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
     browser.query.value, browser.by.value = "year", "latent"
     yield "browser: latent", settings(browser.query, "noun", "year")
     browser.by.value = "similarity"
-    yield "browser: similarity", settings(browser.number, 606, 892)
+    yield "browser: similarity", settings(browser.number, "606", "892")
 
     walker = explorers.Walker(model, transcoders, PROMPT, "45", "20")
     yield "walker: prompt", settings(walker.prompt, PROMPT.replace("war", "siege"), PROMPT)
@@ -67,12 +67,12 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
     yield "editor: pin", [editor.pin.click]
     yield "editor: group and ungroup", [editor.join.click, editor.split.click]
     yield "editor: take out four", [editor.out.click]
-    if not editor.gone:
+    if not editor.edited:
         editor.out.click()
     yield "editor: held or free", settings(editor.held, "all else frozen", "all else answers")
 
     weights = explorers.Weights(transcoders, index, 2, 892)
-    yield "weights: feature", settings(weights.feature, 606, 892)
+    yield "weights: feature", settings(weights.feature, "606", "892")
     yield "weights: sources", settings(weights.source, 0, 1)
     yield "weights: weighting", settings(weights.by, "input_x_gradient", "target_weighted")
 

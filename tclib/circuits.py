@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tclib.bounds import Bounds, suffix_bounds
+from tclib.bounds import Bounds, bounding, finish
 from tclib.prompt_graph import FEATURE, KINDS, Node, PromptGraph, States, Tables
 from tclib.targets import Target
 
@@ -109,7 +109,6 @@ class _Open:
     path: Path
 
 
-@torch.no_grad()
 def best_first(
     graph: PromptGraph,
     target: Target,
@@ -133,12 +132,21 @@ def best_first(
     Raises:
         ValueError: a negative threshold, a length or limit below 1.
     """
+    return finish(searching(graph, target, threshold, max_length, only, limit, bounds))
+
+
+@torch.no_grad()
+def searching(
+    graph: PromptGraph, target: Target, threshold: float, max_length: int | None = None, only: Only | None = None,
+    limit: int | None = None, bounds: Bounds | None = None,
+) -> Generator[float, None, Search]:  # fmt: skip
+    """`best_first` in turns, to be shown or stopped: yields shares of the bounds, then of ``limit``, that are done."""
     warned, limit = limit is None, LIMIT if limit is None else limit
     if not threshold >= 0 or (max_length is not None and max_length < 1) or limit < 1:
         raise ValueError(
             f"threshold {threshold} must be 0 or more, max_length {max_length} and limit {limit} at least 1"
         )
-    only, bounds = only or Only(), bounds or suffix_bounds(graph, max_length is not None)
+    only, bounds = only or Only(), bounds or (yield from bounding(graph, max_length is not None))
     listed: list[Path] = []
     left: list[Tensor] = []  # contributions that are not followed or listed
     heap: list[tuple[float, int, _Open]] = []
@@ -179,19 +187,19 @@ def best_first(
         for table in graph.tables(states):
             take(states, table, paths)
         expanded += len(paths)
+        yield expanded / limit
         more = max(0, min(BATCH, limit - expanded))
         batch = [heapq.heappop(heap)[2] for _ in range(min(more, len(heap))) if -heap[0][0] >= cut]
         paths = [item.path for item in batch]
         if batch:
             states = _follow(graph, batch)
-    open_paths = [item.path.contribution for _, _, item in heap]
-    rest = torch.cat([*left, graph.writes.new_tensor(open_paths)]).double()
+    rest = torch.cat([*left, graph.writes.new_tensor([item.path.contribution for _, _, item in heap])]).double()
     guarantee = max([threshold, cut, *(-bound for bound, _, _ in heap)])
     if warned and guarantee > threshold:
         warnings.warn(
             f"the search for paths of {target.name} stopped at its limit ({expanded} tables, {len(listed)} paths "
             f"listed): paths of up to {guarantee:.3g} may be missing; raise the threshold ({threshold:.3g})",
-            stacklevel=2,
+            stacklevel=4,
         )
     listed.sort(key=lambda path: -abs(path.contribution))
     value = target.value(graph.trace)

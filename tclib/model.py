@@ -256,9 +256,23 @@ def token_name(model: TransformerBridge, token: int) -> str:
 
 
 def token_strings(model: TransformerBridge, tokens: Int[Tensor, " pos"]) -> list[str]:
-    """Each token as text, BOS as ``<bos>``."""
+    """Each token as text, BOS as ``<bos>``, and a piece of a letter, as of rare ones, as its bytes: ``<E6 97>``."""
     bos = model.tokenizer.bos_token_id
-    return ["<bos>" if i == bos else model.tokenizer.decode([i]) for i in tokens.tolist()]
+    return ["<bos>" if i == bos else token_string(model, i) for i in tokens.tolist()]
+
+
+def token_string(model: TransformerBridge, token: int) -> str:
+    """One token as text, as in `token_strings`."""
+    text = model.tokenizer.decode([token])
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        return text
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    bytes_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    letters = model.tokenizer.convert_ids_to_tokens(token)
+    if not bytes_of.keys() >= set(letters):
+        return text  # no tokenizer of bytes
+    return f"<{' '.join(f'{bytes_of[letter]:02X}' for letter in letters)}>"
 
 
 @contextmanager

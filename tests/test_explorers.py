@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import html
 import json
 import re
 from typing import Any
+from xml.etree import ElementTree
 
 import ipywidgets as w
 import networkx as nx
@@ -19,7 +23,9 @@ import tclib as tc
 from benchmarks.explorers import OTHER, PROMPT, measure
 from tclib import connections, explorers, intervene, targets
 from tclib.circuits import best_first
-from tclib.explorers import base, browser, editor, lab, microscope, walker, weights
+from tclib.explore.layout import layout
+from tclib.explore.page import circuit_svg
+from tclib.explorers import answers, base, browser, editor, lab, microscope, walker, weights
 from tclib.index import Summary, build_index, load_summary, summarise
 from tclib.index.read import count
 from tclib.prompt_graph import prompt_graph
@@ -31,6 +37,7 @@ from tests.tiny import make_model, make_transcoder
 COPIES = REPO / "build" / "nbmake"
 VIEW = "application/vnd.jupyter.widget-view+json"
 SLOWEST = 300  # milliseconds
+HELD = list(editor.HELD)
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +294,7 @@ def moves(name: str, shell: Any) -> list[tuple[w.Widget, Any]]:
             (shell.feature, shell.feature.options[2][1]), (shell.token, 8), (shell.layer, 0), (shell.prompt, OTHER)
         ],
         "browser": lambda: [
-            (shell.list, shell.list.options[3][1]), (shell.range, (0.0, 1e-3)), (shell.number, 606), (shell.layer, 1),
+            (shell.list, shell.list.options[3][1]), (shell.range, (0.0, 1e-3)), (shell.number, "606"), (shell.layer, 1),
             (shell.by, "similarity"),
         ],
         "walker": lambda: [
@@ -297,7 +304,9 @@ def moves(name: str, shell: Any) -> list[tuple[w.Widget, Any]]:
         "editor": lambda: [
             (shell.top, 5), (shell.share, 0.05), (shell.prompt, PROMPT.replace("war", "siege")), (shell.other, "")
         ],
-        "weights": lambda: [(shell.feature, 606), (shell.by, "input_x_gradient"), (shell.source, 0), (shell.layer, 1)],
+        "weights": lambda: [
+            (shell.feature, "606"), (shell.by, "input_x_gradient"), (shell.source, 0), (shell.layer, 1)
+        ],
         "lab": lambda: [
             (shell.year, 60), (shell.kept, 2), (shell.out, (shell.out.options[0][1],)), (shell.units, "neurons"),
             (shell.units, "random features"), (shell.noun, "siege"), (shell.century, 13), (shell.layer, 0),
@@ -320,6 +329,7 @@ def test_editing_by_hand(parts):
     names = [n for _, n in shell.nodes.options if n.startswith("mlp2")][:2]
     shell.top.value = 1
     shell.nodes.value = names
+    assert "2 nodes are chosen" in shell.status.value
     for button, there in ((shell.pin, names[1]), (shell.join, "group 1 (2)"), (shell.out, "all of them")):
         assert there not in shell.view.value + shell.measured.value or button is shell.out
         button.click()
@@ -332,6 +342,284 @@ def test_editing_by_hand(parts):
     assert shell.measured.value == ""
 
 
+def struck(shell) -> list[str]:
+    """The nodes that the drawing strikes through."""
+    drawing = ElementTree.fromstring(re.search("<svg.*</svg>", shell.view.value)[0])
+    return [text.text for text in drawing.iter() if text.get("text-decoration") == "line-through"]
+
+
+def test_what_is_taken_out_looks_so(parts):
+    shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
+    names = [n for _, n in shell.nodes.options if n.startswith("mlp2")][:2]
+    shell.nodes.value = names[:1]
+    assert struck(shell) == [] and "before the edit" not in shell.view.value
+    shell.out.click()
+    assert struck(shell) == [names[0].removeprefix("mlp2").split("@")[0]] and "before the edit" in shell.view.value
+    shell.nodes.value = names
+    shell.join.click()
+    assert struck(shell) == ["group 1 (2)"]
+    shell.nodes.value = names[:1]
+    shell.out.click()
+    assert struck(shell) == [] and "before the edit" not in shell.view.value
+
+
+def test_a_feature_set_to_a_value(parts):
+    """Steering: the change, and the next tokens, against the library's own intervention."""
+    model, transcoders = parts[:2]
+    shell = explorers.Editor(model, transcoders, PROMPT, "45", "20")
+    here = len(shell.trace.tokens) - 1
+    name = next(n for _, n in shell.nodes.options if n.startswith("mlp2") and n.endswith(f"@{here}"))
+    shell.nodes.value = [name]
+    shell.to.value = "12.5"
+    shell.set.click()
+    assert not wrong(shell) and "= 12.5" in shell.measured.value and "(set to 12.5)" in dict_of(shell.nodes)[name]
+    feature = shell.circuit.nodes[name]["feature"]
+    hooks = intervene.set_features(2, transcoders[2], [feature], 12.5, here)
+    after = intervene.run(model, shell.trace.tokens[None], hooks)[0, -1].softmax(-1)
+    changed = editor.edited_trace(shell.trace, [(2, here, feature)], [12.5], HELD[0])
+    table = editor.moved_tokens(shell.trace, changed)
+    np.testing.assert_allclose(table["after"], after.topk(5).values, atol=1e-4)
+    best = int(after.argmax())
+    before = shell.trace.logits[-1].softmax(-1)[best].item()
+    assert table["before"].iloc[0] == pytest.approx(before, abs=1e-5)
+    assert table["next_token"].iloc[0] == repr(model.tokenizer.decode([best]))
+    assert html.escape(table["next_token"].iloc[0]) in shell.measured.value
+    frozen = editor.ablation(shell.trace, shell.target, [(2, here, feature)], HELD[1], [12.5])
+    np.testing.assert_allclose(frozen["predicted"], frozen["measured"], atol=1e-3)
+    shell.to.value = "much"
+    shell.set.click()
+    assert wrong(shell) and "&#x27;much&#x27; is no activation" in shell.status.value
+
+
+def dict_of(control: w.SelectMultiple) -> dict[str, str]:
+    return {value: text for text, value in control.options}
+
+
+def test_named_groups(parts):
+    shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
+    names = [n for _, n in shell.nodes.options if n.startswith("mlp2")][:4]
+    shell.group_name.value, shell.nodes.value = "years", names[:2]
+    shell.join.click()
+    assert shell.groups == {"years": set(names[:2])} and "years (2)" in shell.view.value
+    shell.join.click()
+    assert wrong(shell) and "already in group &#x27;years&#x27;" in shell.status.value
+    shell.nodes.value = names[1:3]  # one of the group and another one: the group grows
+    shell.join.click()
+    assert shell.groups == {"years": set(names[:3])}
+    for name in ("remainder", names[3], shell.target.name):
+        shell.group_name.value, shell.nodes.value = name, names[2:4]
+        shell.join.click()
+        assert wrong(shell) and "is the name of a node" in shell.status.value
+    shell.nodes.value = names[3:]
+    shell.split.click()
+    assert wrong(shell) and "none of the chosen nodes is in a group" in shell.status.value
+    shell.nodes.value = names[:1]
+    shell.split.click()
+    assert shell.groups == {} and "years" not in shell.view.value
+
+
+def test_a_group_of_heads_stands_among_heads(circuit):
+    heads = [n for n, d in circuit.nodes(data=True) if d["kind"] == "head" and d["layer"] == 2][:2]
+    joined = editor.group(circuit, heads, "movers")
+    plan = layout(joined, len(joined))
+    rows = {name: height for height, name in plan.rows}
+    assert plan.places["movers"][1] == pytest.approx(rows["attn2"])
+    assert all(plan.places[s][1] < plan.places[r][1] for s, r in joined.edges if {s, r} <= plan.places.keys())
+
+
+def crossed(drawing: str) -> list[str]:
+    """Edges that run through the box of a third node, from the drawing alone."""
+    root, found = ElementTree.fromstring(drawing), []
+    space = "{http://www.w3.org/2000/svg}"
+    boxes = [[float(box.get(n)) for n in ("x", "y", "width", "height")] for box in root.iter(f"{space}rect")]
+    t = np.linspace(0, 1, 200)[:, None]
+    for path in root.iter(f"{space}path"):
+        points = np.array(re.findall(r"-?[\d.]+", path.get("d")), float).reshape(4, 2)
+        weights = np.hstack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
+        x, y = (weights @ points).T[:, :, None]
+        for left, top, width, height in boxes:
+            inside = (left < x) & (x < left + width) & (top < y) & (y < top + height)
+            if inside.any() and not inside[0].any() and not inside[-1].any():
+                found.append(path.find(f"{space}title").text)
+    return found
+
+
+def test_no_edge_runs_through_another_node(circuit):
+    heads = [n for n, d in circuit.nodes(data=True) if d["kind"] == "head" and d["layer"] == 2][:2]
+    few = editor.prune(circuit, 15)
+    for drawn in (editor.prune(circuit, 5), few, editor.group(editor.prune(circuit, 15, heads), heads, "movers")):
+        assert crossed(circuit_svg(drawn, len(drawn))) == []
+    many = editor.prune(circuit, 40)
+    assert len(crossed(circuit_svg(many, len(many)))) <= 0.1 * many.number_of_edges()
+
+
+def test_the_drawing_fits_a_page(circuit):
+    """Its natural width is at most that of a page, whatever is drawn, and it shrinks with the page."""
+    for top in (1, 15, 40):
+        small = editor.prune(circuit, top)
+        drawing = circuit_svg(small, len(small))
+        width = float(re.search(r'viewBox="0 0 (\d+)', drawing)[1])
+        assert width < 800 and "width: 100%" in drawing and f"max-width: {width:.0f}px" in drawing
+        for box in ElementTree.fromstring(drawing).iter("{http://www.w3.org/2000/svg}rect"):
+            assert 0 <= float(box.get("x")) and float(box.get("x")) + float(box.get("width")) <= width
+
+
+def test_the_account_adds_up(parts):
+    shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
+    for top in (1, 15, 40):
+        shell.top.value = top
+        said = re.search(r"is (-?[\d.]+): (.*?);", html.unescape(shell.status.value))
+        shares = [float(number) for number in re.findall(r"([+-][\d.]+) (?:along|from)", said[2])]
+        assert len(shares) >= 3 and "biases" in said[2]
+        assert sum(shares) == pytest.approx(float(said[1]), abs=3e-3)
+
+
+def test_another_prompt_lets_go_of_nodes_at_other_tokens(parts):
+    shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
+    last = [n for _, n in shell.nodes.options if n.startswith("mlp2") and n.endswith("@12")][:3]
+    shell.nodes.value = last
+    shell.pin.click()
+    shell.join.click()
+    shell.nodes.value = last[:1]
+    shell.out.click()
+    shell.prompt.value = PROMPT.replace("war", "siege")  # the last token is the same
+    assert shell.pinned and shell.pinned | shell.edited.keys() <= set(last) & set(shell.circuit)
+    shell.prompt.value = OTHER
+    kept = shell.pinned.union(shell.edited, *shell.groups.values())
+    tokens = shell.trace.token_strings
+    assert tokens[12:13] != ["17"] and not kept and "No longer pinned" in shell.status.value
+
+
+def test_saved_files_open_without_a_kernel(parts):
+    shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
+    names = [n for _, n in shell.nodes.options if n.startswith("mlp2")][:2]
+    shell.nodes.value = names
+    shell.pin.click()
+    shell.group_name.value = "years"
+    shell.join.click()
+    shell.save.click()
+    assert not wrong(shell), shell.status.value
+    links = re.findall(r'download="([^"]+)"[^>]*href="data:[^;]+;base64,([^"]+)"', shell.files.value)
+    files = {name: base64.b64decode(data).decode() for name, data in links}
+    assert "<svg" in files["circuit.html"] and "years (2)" in files["circuit.html"]
+    assert "http" not in files["circuit.html"].replace("http://www.w3.org/2000/svg", "")
+    saved = json.loads(files["circuit.json"])
+    ids = {node["node_id"] for node in saved["nodes"]}
+    ((name, *members),) = saved["qParams"]["supernodes"]
+    assert name == "years" and len(members) == 2 and set(members) <= ids
+    assert set(saved["qParams"]["pinnedIds"]) == set(members)
+    shell.top.value = 3
+    assert shell.files.value == ""  # they would be those of another circuit
+
+
+def test_the_likeliest_next_tokens_are_one_click_away(parts, traced):
+    best = traced.logits[-1].softmax(-1).topk(5)
+    for shell in (explorers.Walker(*parts[:2], PROMPT, "45"), explorers.Editor(*parts[:2], PROMPT, "45")):
+        row = shell.question.likeliest
+        texts = [repr(parts[0].tokenizer.decode([i])) for i in best.indices.tolist()]
+        for button, text, share in zip(row, texts, best.values.tolist(), strict=True):
+            assert button.description == f"{text} {share:.0%}"
+        row[1].click()
+        assert shell.token.value == parts[0].tokenizer.decode([int(best.indices[1])]) and not wrong(shell)
+        before = row[0].description
+        shell.prompt.value = "The war"
+        assert row[0].description != before and not wrong(shell)
+
+
+def test_every_token_can_be_asked_for(parts):
+    model = parts[0]
+    for index in range(model.cfg.d_vocab):
+        token = answers.read_token(model, answers.written(model, index))
+        assert token == index or model.tokenizer(token, add_special_tokens=False).input_ids == [index]
+
+
+def test_pieces_of_letters_are_shown_as_bytes(parts):
+    traced = tc.trace(*parts[:2], "a \u65e5")
+    text = "".join(traced.token_strings[1:])
+    assert "\ufffd" not in text and re.search(r"<[0-9A-F]{2}( [0-9A-F]{2})*>", text)
+    grid = microscope.grid_html(microscope.grid(traced), 0, 1)
+    assert "&#x27;" in grid and "\ufffd" not in grid
+
+
+def test_prompts_of_several_lines(parts):
+    shell = explorers.Walker(*parts[:2], PROMPT, "45")
+    shell.prompt.value = "The war ended.\nThe siege lasted"
+    assert not wrong(shell) and any("\n" in token for token in shell.trace.token_strings)
+
+
+def test_one_selection_for_all(parts):
+    model, transcoders, summary, index = parts
+    selected = explorers.Selected(model, transcoders)
+    scope = explorers.Microscope(model, transcoders, PROMPT, selected)
+    found = explorers.Browser(model, transcoders, summary, index, selected)
+    walk = explorers.Walker(model, transcoders, PROMPT, "45", "20", selected)
+    edit = explorers.Editor(model, transcoders, PROMPT, "45", "20", selected)
+    by_weights = explorers.Weights(transcoders, index, 2, 892, selected)
+    assert selected.feature is None and selected.card.value == ""
+    for shell in (scope, walk, edit, by_weights):
+        assert selected.card in tree(shell.box)
+    feature = scope.feature.options[2][1]
+    scope.feature.value = feature
+    assert selected.feature == (2, feature)
+    assert f"mlp2[{feature}]" in selected.card.value and f"mlp2[{feature}]" in found.card.value
+    assert by_weights.feature.value == str(feature) == found.number.value
+    source = next(row for text, row in walk.source.options if text.startswith("mlp") and "[606]" in text)
+    walk.source.value = source
+    assert selected.feature[1] == 606 and "[606]" in found.card.value
+    name = next(n for _, n in edit.nodes.options if n.startswith("mlp0"))
+    edit.nodes.value = [name]
+    assert selected.feature == (0, edit.circuit.nodes[name]["feature"])
+    assert "chosen in another explorer" in by_weights.status.value and not wrong(by_weights)
+    found.number.value = "5"
+    assert selected.feature == (0, 5) and not any(map(wrong, (scope, found, walk, edit, by_weights)))
+
+
+def test_cards_explain_bands_and_have_a_histogram(parts):
+    model, transcoders, summary, index = parts
+    text = browser.card(tc.trace(model, transcoders, PROMPT), summary, 2, 892, index)
+    assert "band 1 of 5" in text and "cut into 5 parts of equal number, band 1 the strongest" in text
+    section = text[text.index("its activations on") :]
+    counts = [int(n.replace(",", "")) for n in re.findall(r"text-align: right[^>]*>([\d,]+)</td>", section)]
+    assert len(counts) == browser.BINS and sum(counts) == count(index, 2, 892)
+
+
+def test_work_can_be_cancelled():
+    """Between two steps of a piece of work, the button is heard; nothing that is shown has changed."""
+    shell, done = base.Explorer("test", [], [w.HTML()]), []
+
+    def work():
+        for number in range(100):
+            done.append(number)
+            yield number / 100
+        return "through"
+
+    async def press() -> None:
+        shell.attempt(lambda: None)
+        shell._work = work()
+        task = asyncio.ensure_future(shell.work_in_turns(shell._work))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert shell._under_way.layout.display == "flex"
+        shell.cancel.click()
+        await task
+
+    asyncio.run(press())
+    assert len(done) < 5 and "Cancelled" in shell.status.value and shell._under_way.layout.display == "none"
+    shell.attempt(work)  # called by a cell: to its end
+    assert "through" in shell.status.value and len(done) > 100
+
+
+def test_many_paths_are_cut(parts, traced, monkeypatch):
+    target = targets.logit_difference(traced, "45", "20")
+    graph = prompt_graph(traced)
+    whole, _ = editor.search(graph, target, 0.02)
+    monkeypatch.setattr(editor, "MOST_PATHS", 10)
+    found, circuit = editor.search(graph, target, 0.02)
+    assert found.paths == whole.paths[:10] and found.guarantee == abs(whole.paths[10].contribution)
+    assert sum(p.contribution for p in found.paths) + found.remainder == pytest.approx(found.value, abs=1e-3)
+    assert editor.imbalance(circuit) < 1e-4
+
+
 def test_pins_survive_another_threshold_and_prompt(parts):
     shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
     strong = [n for _, n in shell.nodes.options if n.startswith("mlp2")][:2]
@@ -342,8 +630,9 @@ def test_pins_survive_another_threshold_and_prompt(parts):
     shell.out.click()
     shell.share.value = 0.1
     assert weak not in shell.circuit and shell.pinned <= set(strong) and not wrong(shell)
+    assert "No longer pinned" in shell.status.value and weak in shell.status.value
     shell.prompt.value = PROMPT.replace("war", "siege")
-    assert not wrong(shell) and shell.pinned <= set(shell.circuit) and shell.gone <= set(shell.circuit)
+    assert not wrong(shell) and shell.pinned <= set(shell.circuit) and shell.edited.keys() <= set(shell.circuit)
 
 
 @pytest.mark.parametrize("kind", ["Walker", "Editor"])
@@ -379,9 +668,16 @@ BAD = [
     ("editor", "prompt", "", "the prompt is empty"),
     ("editor", "pin", None, "no node is chosen"),
     ("editor", "other", "not one token", "one token is needed"),
-    ("weights", "feature", 10**6, "is outside layer"),
-    ("weights", "feature", -1, "is outside layer"),
-    ("browser", "number", 10**6, "is outside layer"),
+    ("walker", "token", "20", "so their difference is always 0"),
+    ("editor", "token", "20", "so their difference is always 0"),
+    ("editor", "split", None, "no node is chosen"),
+    ("editor", "set", None, "type a number in the field"),
+    ("weights", "feature", "1000000", "from 0 to 2047"),
+    ("weights", "feature", "-1", "from 0 to 2047"),
+    ("weights", "feature", "1e3", "from 0 to 2047"),
+    ("weights", "feature", "", "from 0 to 2047"),
+    ("browser", "number", "1000000", "from 0 to 2047"),
+    ("browser", "number", "1e3", "from 0 to 2047"),
 ]
 
 
@@ -400,7 +696,7 @@ def test_bad_input_is_one_sentence_and_the_view_stays(parts, name, control, valu
     assert wrong(shell) and sentence in shell.status.value
     assert views(shell) == before
     # and it goes on from there
-    fixed = {"prompt": OTHER, "token": "50", "other": "30", "feature": 606, "number": 606}
+    fixed = {"prompt": OTHER, "token": "50", "other": "30", "feature": "606", "number": "606"}
     if control in fixed:
         moved.value = fixed[control]
         assert not wrong(shell) and views(shell) != before
@@ -412,11 +708,11 @@ def test_a_feature_that_never_fired(parts):
     silent = next(f for f in range(2048) if count(index, 2, f) == 0)
     shell = explorers.Weights(transcoders, index, 2, silent)
     assert "never fired" in shell.status.value and not wrong(shell) and "by weights alone" in shell.invariant.value
-    shell.feature.value = 892
+    shell.feature.value = "892"
     assert "fired on" in shell.status.value
     if len(dead):
         shell = explorers.Browser(model, transcoders, summary)
-        shell.number.value = int(dead.iloc[0])
+        shell.number.value = str(dead.iloc[0])
         assert "never fired" in shell.status.value and "never fired" in shell.card.value
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -73,6 +74,9 @@ MOVES = {
         ("", "click:group"),
         ("", "click:take out / put back"),
         ("measured:", "click:all else frozen"),
+        ("value", ["type:5", "Enter"]),
+        ("", "click:set to it"),
+        ("", "click:save"),
     ],
     "Weights explorer": [
         ("feature", ["Control+a", "type:606", "Enter"]),
@@ -87,14 +91,25 @@ MOVES = {
     ],
 }
 # Choosing nodes draws nothing yet, and a search for nothing finds nothing.
-QUIET = {("Circuit editor", "nodes"), ("Feature browser", "search by")}
+QUIET = {("Circuit editor", "nodes"), ("Circuit editor", "value"), ("Feature browser", "search by")}
 WRONG = {
     "Prompt microscope": ("prompt", ["Control+a", "Backspace", "Enter"], "the prompt is empty"),
     "Feature browser": ("for", ["Control+a", "Backspace", "Enter"], "the search is empty"),
     "Attribution walker": ("answer", ["Control+a", "type:no such token", "Enter"], "one token is needed"),
     "Circuit editor": ("prompt", ["Control+a", "type:" + 130 * "war ", "Enter"], "reads at most 128"),
-    "Weights explorer": ("feature", ["Control+a", "type:99999", "Enter"], "is outside layer"),
+    "Weights explorer": ("feature", ["Control+a", "type:99999", "Enter"], "from 0 to 2047"),
 }
+# A page for what does not depend on what is explored: two explorers, and a prompt that takes seconds.
+SMALL = {
+    "set up": f"""
+import tclib as tc
+from tclib import explorers
+lm, layers = tc.load_model(), tc.load_transcoders()
+long = {26 * "war " + "17"!r}""",
+    "Prompt microscope": "explorers.Microscope(lm, layers, long)",
+    "Circuit editor": f'explorers.Editor(lm, layers, {PROMPT!r}, "45", "20")',
+}
+SLOW = 38 * "\u65e5"  # more than a hundred tokens
 DARK = {"theme": "JupyterLab Dark"}
 
 
@@ -149,10 +164,11 @@ def browser():
 
 
 @contextmanager
-def lab(browser, folder: Path, settings: dict | None = None):
-    """A page with the explorers' notebook in JupyterLab, all cells run; and what its console complained about."""
+def lab(browser, folder: Path, settings: dict | None = None, cells: dict[str, str] = CELLS):
+    """A page with a notebook in JupyterLab, all cells run; and what its console complained about, and what it asked of
+    other machines."""
     folder.mkdir(parents=True, exist_ok=True)
-    notebook = notebook_dict([source.strip() for source in CELLS.values()])
+    notebook = notebook_dict([source.strip() for source in cells.values()])
     (folder / "nb.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     place = folder / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
     place.mkdir(parents=True)
@@ -165,21 +181,28 @@ def lab(browser, folder: Path, settings: dict | None = None):
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     with serving(command, port, folder):
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(180_000)  # of a machine that is busy with other things
         complaints: list[str] = []
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda asked: here(asked.url) or complaints.append(f"asked for {asked.url}"))
         page.goto(f"http://127.0.0.1:{port}/doc/tree/nb.ipynb")
-        page.wait_for_selector(".jp-Notebook", timeout=60_000)
+        page.wait_for_selector(".jp-Notebook")
         page.wait_for_timeout(3000)
         for button in page.locator(".jp-Dialog button.jp-mod-accept").all():
             button.click()
         page.keyboard.press("Escape")
         run_all(page)
-        last = page.get_by_text(list(CELLS)[-1], exact=True)
-        last.wait_for(timeout=120_000)
+        last = page.get_by_text(list(cells)[-1], exact=True)
+        last.wait_for()
         page.wait_for_timeout(1000)
         yield page, complaints
         page.close()
+
+
+def here(url: str) -> bool:
+    """Whether a request stays on this machine."""
+    return url.startswith(("data:", "blob:", "http://127.0.0.1:", "ws://127.0.0.1:"))
 
 
 def run_all(page) -> None:
@@ -226,8 +249,8 @@ def says(frame, sentence: str) -> Callable[[], bool]:
 
 
 def comes(page, condition: Callable[[], bool]) -> bool:
-    """Whether the condition holds within ten seconds."""
-    for _ in range(100):
+    """Whether the condition holds within half a minute."""
+    for _ in range(300):
         if condition():
             return True
         page.wait_for_timeout(100)
@@ -280,6 +303,76 @@ def harmless(text: str) -> bool:
     return "404" in text or "favicon" in text or "status of 4" in text
 
 
+FITS = """
+frame => {
+  const svg = frame.querySelector("svg[viewBox]"), box = svg.getBoundingClientRect();
+  const outer = frame.getBoundingClientRect(), list = frame.querySelector("select[multiple]").getBoundingClientRect();
+  return {letters: 11.5 * box.width / svg.viewBox.baseVal.width, left: box.left - outer.left,
+    right: outer.right - box.right, beside: box.top < list.bottom && box.left >= list.right, height: box.height,
+    clipped: svg.parentElement.scrollWidth - svg.parentElement.clientWidth};
+}
+"""
+
+
+def test_any_page(browser, tmp_path):
+    """Widths and themes, names for screen readers, requests, a long prompt, saving and cancelling."""
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    with lab(browser, tmp_path / "lab", cells=SMALL) as (page, complaints):
+        editor, scope = frame_of(page, "Circuit editor"), frame_of(page, "Prompt microscope")
+        problems = []
+        for theme in ("light", "dark"):
+            if theme == "dark":
+                page.set_viewport_size({"width": 1300, "height": 1000})
+                page.locator(".lm-MenuBar-itemLabel", has_text="Settings").first.click()
+                page.locator(".lm-Menu-itemLabel", has_text="Theme").first.click()
+                page.locator(".lm-Menu-itemLabel", has_text="JupyterLab Dark").last.click()
+                page.wait_for_timeout(2000)
+            for width in (620, 1300, 1500):
+                page.set_viewport_size({"width": width, "height": 1000})
+                page.wait_for_timeout(1000)
+                editor.scroll_into_view_if_needed()
+                found = editor.evaluate(FITS)
+                editor.screenshot(path=SCREENS / f"editor_{theme}_{width}.png")
+                whole = found["left"] >= 0 and found["right"] >= 0 and found["clipped"] <= 1
+                if not whole or found["letters"] < 8.5 or (width >= 1300 and not found["beside"]):
+                    problems.append(f"{theme}, {width} pixels: {found}")
+        scope.scroll_into_view_if_needed()
+        page.wait_for_timeout(1000)
+        cell = scope.locator("td", has=page.locator("span")).first
+        inside = cell.evaluate("e => [e.getBoundingClientRect(), e.closest('.tclib-explorer').getBoundingClientRect()]")
+        assert inside[1]["left"] <= inside[0]["left"] and inside[0]["right"] <= inside[1]["right"] + 1, inside
+        scope.screenshot(path=SCREENS / "microscope_long.png")
+
+        for frame in (editor, scope):
+            tree = frame.aria_snapshot()
+            nameless = re.findall(r"^ *- (?:slider|listbox|textbox|combobox|spinbutton|group)(?!.* \").*$", tree, re.M)
+            problems += [f"without a name: {line}" for line in nameless]
+        values = page.locator(".noUi-handle").evaluate_all("all => all.map(e => e.getAttribute('aria-valuetext'))")
+        assert "3%" in values and any("17" in value for value in values), values
+
+        with page.expect_download(timeout=180_000) as waits:
+            editor.locator("button", has_text="save").click()
+            editor.locator("a[download='circuit.html']").click()
+        waits.value.save_as(tmp_path / "circuit.html")
+        saved, asked = browser.new_page(), []
+        saved.on("request", lambda request: asked.append(request.url))
+        saved.goto((tmp_path / "circuit.html").as_uri())
+        assert saved.locator("svg text", has_text="logit").count() and len(asked) == 1
+        saved.screenshot(path=SCREENS / "saved.png")
+        saved.close()
+
+        before = drawn(editor)
+        move(page, editor, "prompt", ["Control+a", f"type:{SLOW}", "Enter"])
+        progress = editor.locator(".tclib-progress")
+        progress.wait_for(state="visible")
+        editor.screenshot(path=SCREENS / "working.png")
+        progress.locator("button").click()
+        assert comes(page, says(editor, "Cancelled")), status(editor)
+        assert drawn(editor) == before and not problems, "\n".join(problems)
+        mine = [text for text in complaints if not harmless(text)]
+        assert not mine, mine
+
+
 def test_dark_theme(browser, tmp_path):
     """The same page in the dark theme: text of the views stands out from what is behind it."""
     SCREENS.mkdir(parents=True, exist_ok=True)
@@ -312,7 +405,7 @@ frame => {
     const walk = document.createTreeWalker(content, NodeFilter.SHOW_TEXT);
     while (walk.nextNode()) {
       const element = walk.currentNode.parentElement, text = walk.currentNode.textContent.trim();
-      if (!text || element.closest("style, svg, .tclib-restarted") || !element.offsetParent) continue;
+      if (!text || element.closest("style, svg, .tclib-lost") || !element.offsetParent) continue;
       const layers = [];
       for (let e = element; e; e = e.parentElement) layers.push(parse(getComputedStyle(e).backgroundColor));
       let back = [17, 17, 17];

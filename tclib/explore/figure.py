@@ -7,7 +7,7 @@ import networkx as nx
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from tclib.explore.layout import layout
+from tclib.explore.layout import label, layout
 from tclib.views import NEGATIVE, POSITIVE
 
 
@@ -22,8 +22,8 @@ def circuit_figure(circuit: nx.DiGraph, title: str, top: int = 30, ax: Axes | No
     """
     plan = layout(circuit, top)
     if ax is None:
-        width = max(x for x, _ in plan.places.values()) + 1
-        _, ax = plt.subplots(figsize=(min(14, max(6, 0.95 * width)), 0.8 * len(plan.rows) + 1.4), layout="constrained")
+        width, height = (max(part) + 1 for part in zip(*plan.places.values(), strict=True))
+        _, ax = plt.subplots(figsize=(min(14, max(6, 0.75 * width)), 0.8 * (height + 1) + 1.4), layout="constrained")
     edges = [(s, r, w) for s, r, w in circuit.edges(data="weight") if s in plan.places and r in plan.places]
     largest = max((abs(weight) for *_, weight in edges), default=1.0)
     for source, reader, weight in sorted(edges, key=lambda edge: abs(edge[2])):
@@ -43,9 +43,9 @@ def circuit_figure(circuit: nx.DiGraph, title: str, top: int = 30, ax: Axes | No
         ax.text(x, y, label(name, circuit.nodes[name]), ha="center", va="center", fontsize=7.5, zorder=3, bbox=_BOX)
     ax.set(title=title, xlabel=_wrapped("token and position", plan.footnote), ylabel="layer")
     ax.set_xticks([x for x, _ in plan.columns], [name for _, name in plan.columns], fontsize=8)
-    ax.set_yticks(range(len(plan.rows)), plan.rows)
+    ax.set_yticks([y for y, _ in plan.rows], [name for _, name in plan.rows])
     ax.set_xlim(-0.4, max(x for x, _ in plan.places.values()) + 0.9)
-    ax.set_ylim(-0.6, len(plan.rows) - 0.4)
+    ax.set_ylim(-0.6, max(y for _, y in plan.places.values()) + 0.6)
     ax.grid(False)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
@@ -56,17 +56,6 @@ def circuit_figure(circuit: nx.DiGraph, title: str, top: int = 30, ax: Axes | No
 
 
 _BOX = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "0.4", "linewidth": 0.8}
-
-
-def label(name: str, attributes: dict) -> str:
-    """A short name: layer and position are told by the axes."""
-    if attributes["kind"] == "head":
-        return f"h{attributes['head']}"
-    if attributes["kind"] == "feature":
-        return f"[{attributes['feature']}]"
-    if attributes["kind"] == "target":
-        return name
-    return attributes["kind"].replace("_", " ")
 
 
 def _wrapped(first: str, second: str) -> str:

@@ -7,7 +7,8 @@ from tclib.explorers.browser import Browser
 from tclib.explorers.editor import Editor
 from tclib.explorers.lab import Lab
 from tclib.explorers.microscope import Microscope
+from tclib.explorers.selected import Selected
 from tclib.explorers.walker import Walker
 from tclib.explorers.weights import Weights
 
-__all__ = ["Browser", "Editor", "Lab", "Microscope", "Walker", "Weights"]
+__all__ = ["Browser", "Editor", "Lab", "Microscope", "Selected", "Walker", "Weights"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 import pandas as pd
@@ -10,8 +11,10 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.connections import logit_lens
-from tclib.explorers.base import TEXT, Explorer, bars, paper, replace_options, shown
+from tclib.explorers.base import TEXT, Explorer, bars, paper, replace_options, shown, whole_number
+from tclib.index.read import count, histogram
 from tclib.index.search import by_similarity
+from tclib.index.store import Index
 from tclib.index.summary import Summary
 from tclib.inputs import bos_id, feature_of, whole
 from tclib.model import token_strings
@@ -19,9 +22,13 @@ from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
 from tclib.views import highlighted
 
+if TYPE_CHECKING:
+    from tclib.explorers.selected import Selected
+
 WAYS = ("frequency", "token", "latent", "similarity")
 MOST = 200  # features listed
 BEFORE, AFTER = 14, 5  # tokens of an example's context
+BINS = 12  # of a histogram
 TOP = 6  # tokens promoted, and as many suppressed
 
 
@@ -94,40 +101,66 @@ def examples(model: TransformerBridge, summary: Summary, layer: int, feature: in
     return pd.DataFrame(rows, columns=["band", "activation", "tokens", "centre"])
 
 
-def card(traced: Trace, summary: Summary, layer: int, feature: int) -> str:
+def card(traced: Trace, summary: Summary | None, layer: int, feature: int, index: Index | None = None) -> str:
     """A feature as HTML: how often it fires and on what, examples of all strengths, and what it promotes.
 
     Args:
         traced: of any prompt; only its weights are read.
+        summary: None shows what the weights say alone.
+        index: where a histogram of the feature's activations is read; None shows none.
 
     Raises:
         ValueError: no such feature.
     """
-    table = of_layer(summary, layer)
-    feature = whole("feature", feature, len(table), f"layer {layer}")
-    row, lens = table.loc[feature], logit_lens(traced, layer, feature)
+    features = traced.transcoders[traced.layer(layer, with_transcoder=True)].config.d_features
+    feature = whole("feature", feature, features, f"layer {layer}")
+    lens = logit_lens(traced, layer, feature)
     ends = pd.concat([lens.head(TOP), lens.tail(TOP)])
     promoted = bars([(shown(t), v) for t, v in ends.items()], "tokens it promotes and suppresses", "logit lens")
-    name = f"<b>mlp{layer}[{feature}]</b> {_told(traced.model, row, summary)}"
-    head = f'<div style="color: {TEXT}; line-height: 1.4">{name}</div>'
-    found = examples(traced.model, summary, layer, feature)
-    largest = found["activation"].max() if len(found) else 0.0
+    told = "" if summary is None else _told(traced.model, of_layer(summary, layer).loc[feature], summary)
+    head = f'<div style="color: {TEXT}; line-height: 1.4"><b>mlp{layer}[{feature}]</b> {told}</div>'
+    seen = "" if summary is None else _examples(traced.model, summary, layer, feature)
+    strength = "" if index is None else histogram_html(index, layer, feature)
+    return f'{head}{seen}<div style="display: flex; flex-wrap: wrap">{promoted}{strength}</div>'
+
+
+def histogram_html(index: Index, layer: int, feature: int) -> str:
+    """How often a feature fires how strongly on the text of an index, as a table with bars."""
+    if not count(index, layer, feature):
+        return ""
+    table = histogram(index, layer, feature, BINS)
+    rows = [(f"{row.low:.2f} to {row.high:.2f}", row.count) for row in table.itertuples(index=False)]
+    caption = f"its activations on {index.n_tokens:,} tokens"
+    return bars([(name, float(number)) for name, number in rows], caption, "tokens", digits=0)
+
+
+def _examples(model: TransformerBridge, summary: Summary, layer: int, feature: int) -> str:
+    found = examples(model, summary, layer, feature)
+    if found.empty:
+        return ""
+    largest, bands = found["activation"].max(), int(found["band"].max())
     lines = []
     for e in found.itertuples():
         marked = [0.0] * len(e.tokens)
         marked[e.centre] = e.activation
-        name = "strongest" if e.band == 0 else f"band {e.band}"
+        name = "strongest" if e.band == 0 else f"band {e.band} of {bands}"
         text = highlighted(
             [t.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}") for t in e.tokens], marked, largest
         )
         cell = "color: black; padding: 0 6px; vertical-align: top"
+        first = f"{cell}; text-align: left; font-weight: normal; white-space: nowrap"
         lines.append(
-            f'<tr><th scope="row" style="{cell}; text-align: left; font-weight: normal">{name}</th>'
+            f'<tr><th scope="row" style="{first}">{name}</th>'
             f'<td style="{cell}; text-align: right">{e.activation:.2f}</td><td style="{cell}">{text}</td></tr>'
         )
-    told = "examples; the token it fired on is marked, darker where it fired more strongly"
-    body = f'<table style="font-size: 12px"><caption style="text-align: left">{told}</caption>{"".join(lines)}</table>'
-    return head + (paper(body) if lines else "") + promoted
+    told = (
+        "Examples; the token it fired on is marked, darker where it fired more strongly. Strongest: the largest "
+        f"activations of all. Bands: all its activations by strength, cut into {bands} parts of equal number, band 1 "
+        f"the strongest and band {bands} the weakest; from each some are drawn at random."
+    )
+    style = "text-align: left; padding: 2px 6px"
+    body = f'<table style="font-size: 12px"><caption style="{style}">{told}</caption>{"".join(lines)}</table>'
+    return paper(body)
 
 
 def _told(model: TransformerBridge, row: pd.Series, summary: Summary) -> str:
@@ -153,7 +186,17 @@ def _found(table: pd.DataFrame, nothing: str) -> pd.DataFrame:
 class Browser(Explorer):
     """A way to search, what to search for, the list that fits, and the chosen feature's card."""
 
-    def __init__(self, model: TransformerBridge, transcoders: dict[int, Transcoder], summary: Summary):
+    def __init__(
+        self,
+        model: TransformerBridge,
+        transcoders: dict[int, Transcoder],
+        summary: Summary,
+        index: Index | None = None,
+        selected: Selected | None = None,
+    ):
+        self.index = index
+        if selected:  # which may have been made before there was a summary
+            selected.summary, selected.index = summary, index
         self.model, self.transcoders, self.summary = model, transcoders, summary
         self.traced = trace(model, transcoders, torch.tensor([bos_id(model) or 0]))
         short = w.Layout(width="200px")
@@ -171,14 +214,16 @@ class Browser(Explorer):
         self.range = w.SelectionRangeSlider(
             options=powers, index=(0, len(powers) - 1), description="share", continuous_update=False
         )
-        self.number = w.IntText(0, description="feature", continuous_update=False, layout=short)
+        self.number = w.Text("0", description="feature", continuous_update=False, layout=short)
         self.list = w.Select(description="found", rows=18, layout=w.Layout(width="330px"))
         self.card = w.HTML(layout=w.Layout(flex="1 1 480px"))
         controls = [(self.by, self.layer), (self.query, self.range, self.number)]
         super().__init__("Feature browser", controls, [self.list, self.card])
+        self.selected = selected  # its card would be a second one here
         self.watch(self._search, self.layer, self.by, self.query, self.range)
         self.watch(self._number, self.number)
         self.watch(self._choose, self.list)
+        self.follow(lambda: self._shown, self._follow)
         self.start(self._search)
 
     def found(self) -> pd.DataFrame:
@@ -190,9 +235,14 @@ class Browser(Explorer):
             return by_token(self.model, self.summary, layer, self.query.value)
         if by == "latent":
             return by_latent(self.summary, layer, self.query.value)
-        return similar(self.transcoders, self.summary, layer, self.number.value)
+        return similar(self.transcoders, self.summary, layer, self._wanted())
 
     def _search(self) -> str:
+        said = self._list()
+        self._card(self.list.value)
+        return said
+
+    def _list(self) -> str:
         on = {"frequency": self.range, "similarity": self.number}.get(self.by.value, self.query)
         for control in (self.query, self.range):
             control.disabled = control is not on
@@ -203,23 +253,39 @@ class Browser(Explorer):
             for feature, value in table[note].head(MOST).items()
         ]
         replace_options(self.list, options)
-        self._card(self.list.value)
         listed = f", the first {MOST} are listed" if len(table) > MOST else ""
         return f"{len(table)} of {len(of_layer(self.summary, self.layer.value))} features fit{listed}."
+
+    def _wanted(self) -> int:
+        return whole_number(self.number.value, "feature", len(of_layer(self.summary, self.layer.value)))
 
     def _number(self) -> str:
         if self.by.value == "similarity":
             return self._search()
-        return self._card(self.number.value)
+        return self._chosen(self._wanted())
 
     def _choose(self) -> str:
         if self.list.value is None:
             return "Nothing is chosen."
         if self.by.value != "similarity":
-            self.number.value = self.list.value
-        return self._card(self.list.value)
+            self.number.value = str(self.list.value)
+        return self._chosen(self.list.value)
+
+    def _chosen(self, feature: int) -> str:
+        said = self._card(feature)
+        self.choose(self.layer.value, feature)
+        return said
+
+    def _follow(self) -> str:
+        layer, feature = self.selected.feature
+        self.layer.value, self.number.value = layer, str(feature)
+        said = self._card(feature)
+        if self.by.value != "similarity":
+            self._list()
+        return f"mlp{layer}[{feature}] was chosen in another explorer. {said}"
 
     def _card(self, feature: int) -> str:
-        self.card.value = card(self.traced, self.summary, self.layer.value, feature)
-        count = of_layer(self.summary, self.layer.value).loc[feature, "count"]
-        return "" if count else f"mlp{self.layer.value}[{feature}] never fired: only its weights speak."
+        layer = self.layer.value
+        self.card.value, self._shown = card(self.traced, self.summary, layer, feature, self.index), (layer, feature)
+        fired = of_layer(self.summary, layer).loc[feature, "count"]
+        return "" if fired else f"mlp{layer}[{feature}] never fired: only its weights speak."

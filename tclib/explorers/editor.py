@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+import math
+import tempfile
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 import networkx as nx
@@ -13,17 +17,26 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import edits, intervene
 from tclib.activations import hook_out
-from tclib.circuits import Search, best_first
-from tclib.explore.page import circuit_svg
-from tclib.explorers.base import WIDE, Explorer, paper, replace_options, table
-from tclib.explorers.walker import answer_target
+from tclib.bounds import Bounds, bounding, finish
+from tclib.circuits import Search, searching
+from tclib.explore.layout import layout
+from tclib.explore.page import circuit_svg, page_html
+from tclib.explorers.answers import Question, next_tokens
+from tclib.explorers.base import Explorer, Work, download, paper, replace_options, table
+from tclib.formats.graph_json import save_graph_json
+from tclib.graph import build_graph
 from tclib.merging import UNLISTED, merge
 from tclib.prompt_graph import BIASES, PromptGraph, prompt_graph
+from tclib.pruning import prune as prune_graph
 from tclib.targets import Target
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
 
-MOST_TABLES = 400  # of one search, so that it answers at once
+if TYPE_CHECKING:
+    from tclib.explorers.selected import Selected
+
+MOST_TABLES, MOST_PATHS = 400, 300  # of one search, so that it answers soon and can be drawn
+MOST_FEATURES = 3000  # of the graph that is saved
 HELD: dict[str, tuple[intervene.Held, ...]] = {
     "all else answers": (),
     "all else frozen": ("patterns", "scales", "mlps"),
@@ -31,8 +44,24 @@ HELD: dict[str, tuple[intervene.Held, ...]] = {
 
 
 def search(graph: PromptGraph, target: Target, share: float) -> tuple[Search, nx.DiGraph]:
-    """Paths of at least ``share`` of the target's value, and the circuit they merge into."""
-    found = best_first(graph, target, share * abs(target.value(graph.trace)), limit=MOST_TABLES)
+    """Paths of at least ``share`` of the target's value, at most `MOST_PATHS`, and the circuit they merge into."""
+    return finish(searched(graph, target, share))
+
+
+def searched(
+    graph: PromptGraph, target: Target, share: float, bounds: Bounds | None = None
+) -> Generator[float, None, tuple[Search, nx.DiGraph]]:
+    """`search` in turns: yields how much of it is done."""
+    least = share * abs(target.value(graph.trace))
+    found = yield from searching(graph, target, least, limit=MOST_TABLES, bounds=bounds)
+    if rest := [path.contribution for path in found.paths[MOST_PATHS:]]:
+        found = replace(
+            found,
+            paths=found.paths[:MOST_PATHS],
+            remainder=found.remainder + sum(rest),
+            absolute=found.absolute + sum(map(abs, rest)),
+            guarantee=max(found.guarantee, abs(rest[0])),
+        )
     return found, merge(graph, target, found.paths)
 
 
@@ -87,6 +116,8 @@ def group(circuit: nx.DiGraph, nodes: Collection[str], name: str) -> nx.DiGraph:
     top = max(data, key=lambda d: (d.get("layer", -1), d["kind"] != "head"))
     last = max(data, key=lambda d: d.get("position", 0))
     place = {k: d[k] for d, keys in ((top, ("layer",)), (last, ("position", "token"))) for k in keys if k in d}
+    if top["kind"] == "head":
+        place["part"] = "attn"
     return contract(circuit, nodes, name, kind=f"{name} ({len(set(nodes))})", **place)
 
 
@@ -100,42 +131,79 @@ def imbalance(circuit: nx.DiGraph) -> float:
     return float(max(gaps, default=0.0))
 
 
-def ablation(trace: Trace, target: Target, nodes: Sequence[tuple[int, int, int]], held: str) -> pd.DataFrame:
-    """Features set to zero: predicted and measured change of the target, each alone and all together.
+def ablation(
+    trace: Trace,
+    target: Target,
+    nodes: Sequence[tuple[int, int, int]],
+    held: str,
+    values: Sequence[float] | None = None,
+) -> pd.DataFrame:
+    """Features taken out, or set to a value: predicted and measured change of the target, each alone and all together.
 
     Args:
         nodes: (layer, position, feature) of active features.
         held: a key of `HELD`. With all else frozen the prediction is exact.
+        values: the activation that each is set to; by default 0.
 
     Raises:
         ValueError: no features, a silent one, or skip transcoders with MLPs held.
     """
     if not nodes:
         raise ValueError("there is no feature to take out: choose some (heads and tokens cannot be)")
-    table = pd.DataFrame(nodes, columns=["layer", "position", "feature"])
+    values = [0.0] * len(nodes) if values is None else list(values)
+    table = pd.DataFrame(nodes, columns=["layer", "position", "feature"]).assign(new=values)
     each = edits.compare(trace, table, [target], HELD[held])
-    names = [f"mlp{layer}[{feature}]@{position}" for layer, position, feature in nodes]
+    names = [
+        f"mlp{layer}[{feature}]@{position}" + (f" = {value:g}" if value else "")
+        for (layer, position, feature), value in zip(nodes, values, strict=True)
+    ]
     rows = pd.DataFrame({"without": names, "predicted": each["predicted"], "measured": each["measured"]})
     if len(nodes) > 1:
-        rows.loc[len(rows)] = ["all of them", rows["predicted"].sum(), _together(trace, target, nodes, HELD[held])]
+        change = target.value(edited_trace(trace, nodes, values, held)) - target.value(trace)
+        rows.loc[len(rows)] = ["all of them", rows["predicted"].sum(), change]
     return rows
 
 
 @torch.no_grad()
-def _together(
-    trace: Trace, target: Target, nodes: Sequence[tuple[int, int, int]], held: Sequence[intervene.Held]
-) -> float:
+def edited_trace(trace: Trace, nodes: Sequence[tuple[int, int, int]], values: Sequence[float], held: str) -> Trace:
+    """The prompt with features set to values, all at once: residual stream, scales and logits are the edited model's.
+
+    Args:
+        nodes, values, held: as in `ablation`.
+    """
     change = {layer: torch.zeros_like(trace.cache[hook_out(layer)]) for layer, _, _ in nodes}
-    for layer, position, feature in nodes:
-        change[layer][position] -= trace.features[layer][position, feature] * trace.transcoders[layer].W_dec[feature]
-    hooks = intervene.hold(trace.cache, held)
+    for (layer, position, feature), value in zip(nodes, values, strict=True):
+        moved = value - trace.features[layer][position, feature]
+        change[layer][position] += moved * trace.transcoders[layer].W_dec[feature]
+    hooks = intervene.hold(trace.cache, HELD[held])
     writes = {layer: trace.transcoders[layer].config.hook_out for layer in change}
     hooks += [(writes[layer], lambda y, hook, added=added: y + added) for layer, added in change.items()]
     needed = {name for name in trace.cache if "hook_resid" in name or name.endswith(("hook_scale", "hook_embed"))}
+    needed.add("ln_final.hook_normalized")
     with intervene.edited(trace.model, hooks):
         _, cache = trace.model.run_with_cache(trace.tokens[None], names_filter=needed.__contains__)
-    changed = replace(trace, cache={name: value[0] for name, value in cache.items()})
-    return target.value(changed) - target.value(trace)
+    return replace(trace, cache={name: value[0] for name, value in cache.items()})
+
+
+def moved_tokens(before: Trace, after: Trace) -> pd.DataFrame:
+    """The likeliest next tokens after an edit: ``next_token``, and its probability ``before`` and ``after``."""
+    best, old = next_tokens(after), before.logits[-1].softmax(-1)
+    return pd.DataFrame(
+        {
+            "next_token": best["token"],
+            "before": [old[index].item() for index in best["id"]],
+            "after": best["probability"],
+        }
+    )
+
+
+def account(circuit: nx.DiGraph, target: Target, value: float) -> str:
+    """One sentence: how much of the target comes along what is drawn, and what the rest is."""
+    aside = layout(circuit, len(circuit)).aside
+    said = {"remainder": "smaller paths", "bias": "biases", "error": "what transcoders miss"}
+    parts = [f"{aside[kind]:+.3f} from {name}" for kind, name in said.items() if kind in aside]
+    drawn = f"{value - sum(aside.values()):+.3f} along what is drawn"
+    return f"{target.name} is {value:.3f}: {', '.join([drawn, *parts])}"
 
 
 def _apart(circuit: nx.DiGraph, node: str) -> bool:
@@ -147,110 +215,228 @@ class Editor(Explorer):
     """Nodes are chosen in the list (Shift and Ctrl choose several); the buttons act on what is chosen."""
 
     def __init__(
-        self, model: TransformerBridge, transcoders: Mapping[int, Transcoder], prompt: str, token: str, other: str = ""
+        self,
+        model: TransformerBridge,
+        transcoders: Mapping[int, Transcoder],
+        prompt: str,
+        token: str,
+        other: str = "",
+        selected: Selected | None = None,
     ):
-        self.model, self.transcoders = model, dict(transcoders)
-        self.pinned, self.groups, self.gone = set(), [], set()
-        self.prompt = w.Text(prompt, description="prompt", continuous_update=False, layout=WIDE)
-        short = w.Layout(width="160px")
-        self.token = w.Text(token, description="answer", continuous_update=False, layout=short)
-        self.other = w.Text(other, description="rather than", continuous_update=False, layout=short)
+        self.model, self.transcoders, self.circuit = model, dict(transcoders), nx.DiGraph()
+        self.graph = self.bounds = None
+        self.pinned: set[str] = set()
+        self.groups: dict[str, set[str]] = {}
+        self.edited: dict[str, float] = {}
+        self.question = Question(prompt, token, other)
+        self.prompt, self.token, self.other = self.question.fields
         shares = [(f"{share:.0%}", share) for share in (0.2, 0.1, 0.05, 0.03, 0.02)]
         self.share = w.SelectionSlider(options=shares, value=0.03, description="paths from", continuous_update=False)
+        wide = w.Layout(width="290px")
         self.top = w.IntSlider(15, 1, 40, description="draw", continuous_update=False)
-        self.nodes = w.SelectMultiple(description="nodes", rows=16, layout=w.Layout(width="330px"))
-        self.pin = w.Button(description="pin / unpin", tooltip="always draw the chosen nodes")
-        self.join = w.Button(description="group", tooltip="draw the chosen nodes as one")
-        self.split = w.Button(description="ungroup all", tooltip="undo all groups")
-        self.out = w.Button(description="take out / put back", tooltip="set the chosen features to zero")
+        self.nodes = w.SelectMultiple(description="nodes", rows=16, layout=wide)
+        self.pin = w.Button(description="pin / unpin", tooltip="always draw the chosen nodes", layout=_AUTO)
+        self.group_name = w.Text("", description="group name", placeholder="month names", layout=wide)
+        about = "draw the chosen nodes, and groups they are in, as one"
+        self.join = w.Button(description="group", tooltip=about, layout=_AUTO)
+        about = "undo the groups that the chosen nodes are in"
+        self.split = w.Button(description="ungroup", tooltip=about, layout=_AUTO)
+        self.out = w.Button(description="take out / put back", tooltip="set the chosen features to zero", layout=_AUTO)
+        self.to = w.Text("", description="value", placeholder="an activation", layout=w.Layout(width="200px"))
+        self.set = w.Button(description="set to it", tooltip="set the chosen features to this value", layout=_AUTO)
+        about = "the circuit as a page, and as JSON for Neuronpedia"
+        self.save = w.Button(description="save", tooltip=about, layout=_AUTO)
         self.held = w.ToggleButtons(options=list(HELD), description="measured:", style={"button_width": "auto"})
-        self.view, self.measured = w.HTML(), w.HTML()
-        buttons = w.HBox(
-            [self.pin, self.join, self.split, self.out], layout=w.Layout(flex_flow="row wrap", width="330px")
-        )
+        self.view, self.measured, self.files = w.HTML(), w.HTML(), w.HTML()
+        wrapped = w.Layout(flex_flow="row wrap", width="300px")
+        grouping = w.HBox([self.group_name, self.join, self.split, self.pin, self.save], layout=wrapped)
+        editing = w.HBox([self.out, self.to, self.set], layout=wrapped)
         super().__init__(
             "Circuit editor",
-            [(self.prompt, self.token, self.other), (self.share, self.top, self.held)],
-            [w.VBox([self.nodes, buttons]), w.VBox([self.view, self.measured], layout=w.Layout(flex="1 1 520px"))],
+            [*self.question.rows, (self.share, self.top, self.held)],
+            [
+                w.VBox([self.nodes, grouping, editing, self.files], layout=w.Layout(width="310px")),
+                w.VBox([self.view, self.measured], layout=w.Layout(flex="1 1 340px", min_width="0")),
+            ],
+            selected,
         )
-        self.watch(self._start, self.prompt, self.token, self.other)
+        self.watch(self._start, *self.question.fields)
         self.watch(self._search, self.share)
         self.watch(self._show, self.top, self.held)
-        self.watch(self._pin, self.pin)
-        self.watch(self._join, self.join)
-        self.watch(self._split, self.split)
-        self.watch(self._out, self.out)
+        self.watch(self._look, self.nodes)
+        for action in ("pin", "join", "split", "out", "set", "save"):
+            self.watch(getattr(self, f"_{action}"), getattr(self, action))
         self.start(self._start)
 
-    def _start(self) -> str:
+    def _start(self) -> Work:
+        yield 0.0
         traced = trace(self.model, self.transcoders, self.prompt.value)
-        target = answer_target(traced, self.token.value, self.other.value)
-        return self._search(prompt_graph(traced), target)
+        if self.graph and torch.equal(traced.tokens, self.trace.tokens):  # another answer alone
+            return (yield from self._search(self.graph, self.question.target(self.trace)))
+        return (yield from self._search(prompt_graph(traced), self.question.target(traced)))
 
-    def _search(self, graph: PromptGraph | None = None, target: Target | None = None) -> str:
+    def _search(self, graph: PromptGraph | None = None, target: Target | None = None) -> Work:
         graph, target = graph or self.graph, target or self.target
-        found, circuit = search(graph, target, self.share.value)
+        bounds = self.bounds if graph is self.graph else (yield from bounding(graph))
+        found, circuit = yield from searched(graph, target, self.share.value, bounds)
+        lost = self._let_go(circuit)
         self.trace, self.graph, self.target = graph.trace, graph, target  # together, or not at all
-        self.found, self.circuit = found, circuit
-        self.pinned, self.gone = self.pinned & set(circuit), self.gone & set(circuit)
-        self.groups = [members & set(circuit) for members in self.groups if len(members & set(circuit)) > 1]
-        return self._show()
+        self.bounds, self.found, self.circuit = bounds, found, circuit
+        self.question.show(self.trace)
+        return self._show() + lost
+
+    def _let_go(self, circuit: nx.DiGraph) -> str:
+        """Forget pins, groups and edits of nodes that are no longer there, or stand at another token now."""
+
+        def lost(nodes: Collection[str]) -> set[str]:
+            old, new = self.circuit.nodes, circuit.nodes
+            return {n for n in nodes if n not in new or old[n].get("token") != new[n].get("token")}
+
+        gone = lost(self.pinned.union(self.edited, *self.groups.values()))
+        self.pinned -= gone
+        self.edited = {n: value for n, value in self.edited.items() if n not in gone}
+        self.groups = {name: members - gone for name, members in self.groups.items() if len(members - gone) > 1}
+        self.nodes.value = tuple(n for n in self.nodes.value if n not in lost(self.nodes.value))
+        if not gone:
+            return ""
+        return (
+            " No longer pinned, grouped or edited, because this circuit does not have them or has another token "
+            f"there: {', '.join(sorted(gone))}."
+        )
+
+    def _look(self) -> str:
+        chosen = [self.circuit.nodes[n] for n in self.nodes.value]
+        features = [d for d in chosen if d["kind"] == "feature"]
+        if len(chosen) == len(features) == 1:
+            self.choose(features[0]["layer"], features[0]["feature"])
+        return f"{len(chosen)} nodes are chosen, {len(features)} of them features."
 
     def _pin(self) -> str:
         self.pinned ^= self._chosen()
         return self._show()
 
     def _join(self) -> str:
-        chosen = self._chosen() - set().union(*self.groups)
-        group(self.circuit, chosen, "group")
-        self.groups.append(chosen)
+        chosen, name = self._chosen(), self.group_name.value.strip()
+        whole = {n for n in self.groups if self.groups[n] & chosen or n == name}
+        members = chosen.union(*(self.groups[n] for n in whole))
+        same = len(whole) == 1 and members == self.groups[min(whole)]
+        if same and name in ("", *whole):
+            raise ValueError(
+                f"these nodes are already in group {min(whole)!r}: choose others too, or type another name"
+            )
+        if not name:
+            free = (f"group {number}" for number in itertools.count(1))
+            name = min(whole) if len(whole) == 1 else next(n for n in free if n not in self.groups.keys() - whole)
+        if name in self.circuit or name in UNLISTED:
+            raise ValueError(f"{name!r} is the name of a node: type another name for the group")
+        group(self.circuit, members, name)
+        self.groups = {n: of for n, of in self.groups.items() if n not in whole} | {name: members}
+        self.group_name.value = ""
         return self._show()
 
     def _split(self) -> str:
-        self.groups = []
+        chosen = self._chosen()
+        kept = {name: members for name, members in self.groups.items() if not members & chosen}
+        if len(kept) == len(self.groups):
+            raise ValueError("none of the chosen nodes is in a group: choose one that is marked (in ...)")
+        self.groups = kept
         return self._show()
 
     def _out(self) -> str:
+        chosen = self._features()
+        back = chosen & self.edited.keys()
+        self.edited = {n: v for n, v in self.edited.items() if n not in back} | {n: 0.0 for n in chosen - back}
+        return self._show()
+
+    def _set(self) -> str:
+        try:
+            value = float(self.to.value)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{self.to.value!r} is no activation: type a number in the field 'value', for example 5")
+        self.edited |= dict.fromkeys(self._features(), value)
+        return self._show()
+
+    def _save(self) -> Work:
+        yield 0.0
+        circuit = self.drawn()
+        name = f"{self.target.name} after {self.prompt.value!r}"
+        page = page_html(circuit, name, len(circuit), self._struck())
+        yield 0.3
+        graph = prune_graph(build_graph(self.trace, [(self.target, 1.0)], MOST_FEATURES))
+        yield 0.8
+        groups = {n: self._places(members) for n, members in self.groups.items()}
+        model = self.model.cfg.model_name or "model"
+        with tempfile.TemporaryDirectory() as folder:
+            pinned = self._places(self.pinned)
+            path = save_graph_json(self.trace, graph, folder, "circuit", model, pinned=pinned, groups=groups)
+            data = path.read_text(encoding="utf-8")
+        self.files.value = download("circuit.html", "text/html", page)
+        self.files.value += download("circuit.json", "application/json", data)
+        return (
+            "Two files are ready below the list: this drawing as a page that needs no kernel, and the all-paths graph "
+            "of this answer, with pins and groups, as JSON that Neuronpedia and circuit-tracer's viewer open."
+        )
+
+    def _places(self, nodes: Collection[str]) -> list[tuple[int, int, int]]:
+        data = [self.circuit.nodes[n] for n in sorted(nodes)]
+        return [(d["layer"], d["position"], d["feature"]) for d in data if d["kind"] == "feature"]
+
+    def _features(self) -> set[str]:
         chosen = {n for n in self._chosen() if self.circuit.nodes[n]["kind"] == "feature"}
         if not chosen:
-            raise ValueError("only features can be taken out: choose some (mlp...)")
-        self.gone ^= chosen
-        return self._show()
+            raise ValueError("only features can be taken out or set: choose some (mlp...)")
+        return chosen
 
     def _chosen(self) -> set[str]:
         if not self.nodes.value:
             raise ValueError("no node is chosen: choose some in the list first")
         return set(self.nodes.value)
 
+    def _struck(self) -> set[str]:
+        """The edited nodes, and the groups that have one."""
+        return self.edited.keys() | {name for name, members in self.groups.items() if members & self.edited.keys()}
+
     def drawn(self) -> nx.DiGraph:
         """The circuit after pruning and grouping."""
-        grouped = set().union(*self.groups)
-        circuit = prune(self.circuit, self.top.value, self.pinned | grouped | self.gone)
-        for number, members in enumerate(self.groups, start=1):
-            circuit = group(circuit, members, f"group {number}")
+        kept = self.pinned.union(self.edited, *self.groups.values())
+        circuit = prune(self.circuit, self.top.value, kept)
+        for name, members in self.groups.items():
+            circuit = group(circuit, members, name)
         return circuit
 
     def _show(self) -> str:
         circuit = self.drawn()
-        self.view.value = paper(circuit_svg(circuit, len(circuit)))
+        note = "<p>The circuit before the edit: what is struck through is edited, with the effect told below.</p>"
+        self.view.value = paper(note * bool(self.edited) + circuit_svg(circuit, len(circuit), self._struck()))
         replace_options(self.nodes, self._listed())
-        self.measured.value = ""
-        if self.gone:
-            data = [self.circuit.nodes[n] for n in sorted(self.gone)]
-            rows = ablation(
-                self.trace, self.target, [(d["layer"], d["position"], d["feature"]) for d in data], self.held.value
-            )
-            self.measured.value = table(rows, f"change of {self.target.name} without features, {self.held.value}")
-        left = circuit.nodes["remainder"]["contribution"] if "remainder" in circuit else 0.0
+        self.files.value = ""  # of another circuit
+        self.measured.value = self._measured() if self.edited else ""
         return (
-            f"{len(self.found.paths)} paths, none unlisted larger than {self.found.guarantee:.3g}; {self.target.name} "
-            f"is {self.found.value:.3f}, of which {left:+.3f} comes from what is not drawn; "
-            f"balanced to {imbalance(circuit):.0e}."
+            f"{len(self.found.paths)} paths, none unlisted larger than {self.found.guarantee:.3g}; "
+            f"{account(circuit, self.target, self.found.value)}; balanced to {imbalance(circuit):.0e}."
         )
+
+    def _measured(self) -> str:
+        nodes, held = sorted(self.edited), self.held.value
+        places, values = self._places(nodes), [self.edited[n] for n in nodes]
+        rows = ablation(self.trace, self.target, places, held, values)
+        after = moved_tokens(self.trace, edited_trace(self.trace, places, values, held))
+        change = table(rows, f"change of {self.target.name} without features, or with others' values, {held}")
+        return change + table(after, f"likeliest next tokens after the edit, {held}")
 
     def _listed(self) -> list[tuple[str, str]]:
         nodes = [n for n in self.circuit if not _apart(self.circuit, n)]
         nodes.sort(key=lambda n: -abs(self.circuit.nodes[n]["contribution"]))
-        marks = {"pinned": self.pinned, "grouped": set().union(*self.groups), "out": self.gone}
-        said = {n: "".join(f" ({mark})" for mark, members in marks.items() if n in members) for n in nodes}
-        return [(f"{n}  {self.circuit.nodes[n]['contribution']:+.3f}{said[n]}", n) for n in nodes]
+        return [(f"{n}  {self.circuit.nodes[n]['contribution']:+.3f}{self._marks(n)}", n) for n in nodes]
+
+    def _marks(self, node: str) -> str:
+        marks = ["pinned"] if node in self.pinned else []
+        marks += [f"in {name}" for name, members in self.groups.items() if node in members]
+        if node in self.edited:
+            marks.append(f"set to {self.edited[node]:g}" if self.edited[node] else "out")
+        return "".join(f" ({mark})" for mark in marks)
+
+
+_AUTO = w.Layout(width="auto")

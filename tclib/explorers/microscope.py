@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import html
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.connections import logit_lens
-from tclib.explorers.base import FAINT, LINE, TEXT, WIDE, Explorer, bars, paper, replace_options, shown, token_options
+from tclib.explorers.base import (
+    FAINT,
+    LINE,
+    TEXT,
+    Explorer,
+    bars,
+    paper,
+    prompt_field,
+    replace_options,
+    shown,
+    token_options,
+)
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
 from tclib.views import highlighted
+
+if TYPE_CHECKING:
+    from tclib.explorers.selected import Selected
 
 TOP = 6  # tokens promoted, and as many suppressed
 
@@ -54,17 +69,21 @@ def grid_html(table: pd.DataFrame, layer: int, position: int) -> str:
             chosen = (at, where) == (layer, position)
             frame = f"{TEXT}; outline: 2px solid {TEXT}; font-weight: bold" if chosen else LINE
             back = f"rgba(0, 114, 178, {0.5 * count / largest:.2f})"
-            cells.append(f'<td style="{cell} {frame}; background: {back}; color: {TEXT}">{count}</td>')
+            # The grid is made anew, and so begins at its left end again: bring the chosen cell into view.
+            mark = _INTO_VIEW if chosen else ""
+            cells.append(f'<td style="{cell} {frame}; background: {back}; color: {TEXT}">{count}{mark}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
     names = "".join(
         f'<th scope="col" style="{cell} transparent; color: {TEXT}; font-family: monospace; white-space: pre">'
-        f"{html.escape(token)}<br>{where}</th>"
+        f"{html.escape(shown(token))}<br>{where}</th>"
         for where, token in tokens.items()
     )
     lines.append(f'<tr><td style="{cell} transparent"></td>{names}</tr>')
     told = f'<caption style="text-align: left; color: {FAINT}">active features by layer and token</caption>'
     style = "border-collapse: collapse; font-size: 12px; line-height: 1.3"
-    return f'<div style="overflow-x: auto"><table style="{style}">{told}{"".join(lines)}</table></div>'
+    # Contained, it takes the width that there is, and scrolls; a widget would grow with it and be cut off.
+    body = f'<table style="{style}">{told}{"".join(lines)}</table>'
+    return f'<div style="overflow-x: auto; contain: inline-size">{body}</div>'
 
 
 def feature_html(trace: Trace, layer: int, feature: int, position: int) -> str:
@@ -78,12 +97,24 @@ def feature_html(trace: Trace, layer: int, feature: int, position: int) -> str:
     return f"{strip}{bars(rows, f'what {where} writes to the next token', 'logits on the direct path')}"
 
 
+_INTO_VIEW = (
+    '<span style="animation: tclib-shown 1ms" onanimationstart="const cell = this.parentElement, '
+    "frame = cell.closest('div'); frame.scrollLeft = cell.offsetLeft - frame.clientWidth / 2\"></span>"
+)
+
+
 class Microscope(Explorer):
     """A token and a layer are chosen with sliders, a feature from the list of those that are active there."""
 
-    def __init__(self, model: TransformerBridge, transcoders: dict[int, Transcoder], prompt: str):
+    def __init__(
+        self,
+        model: TransformerBridge,
+        transcoders: dict[int, Transcoder],
+        prompt: str,
+        selected: Selected | None = None,
+    ):
         self.model, self.transcoders = model, transcoders
-        self.prompt = w.Text(prompt, description="prompt", continuous_update=False, layout=WIDE)
+        self.prompt = prompt_field(prompt)
         self.token = w.SelectionSlider(options=[("0", 0)], description="token", layout=w.Layout(width="360px"))
         layers = [(f"mlp{layer}", layer) for layer in sorted(transcoders)]
         self.layer = w.Dropdown(options=layers, value=max(transcoders), description="layer")
@@ -93,10 +124,12 @@ class Microscope(Explorer):
             "Prompt microscope",
             [(self.prompt,), (self.token, self.layer)],
             [self.overview, self.feature, self.detail],
+            selected,
         )
         self.watch(self._read, self.prompt)
         self.watch(self._look, self.token, self.layer)
-        self.watch(self._focus, self.feature)
+        self.watch(self._choose, self.feature)
+        self.follow(lambda: (self.layer.value, self.feature.value), self._follow)
         self.start(self._read)
 
     def _read(self) -> str:
@@ -113,6 +146,21 @@ class Microscope(Explorer):
         options = [(f"[{f}]  {a:.2f}", f) for f, a in zip(active["feature"], active["activation"], strict=True)]
         replace_options(self.feature, options)
         return self._focus()
+
+    def _choose(self) -> str:
+        if self.feature.value is not None:
+            self.choose(self.layer.value, self.feature.value)
+        return self._focus()
+
+    def _follow(self) -> str:
+        layer, feature = self.selected.feature
+        name, position = f"mlp{layer}[{feature}]", self.token.value
+        if not self.trace.features[layer][position, feature]:
+            return f"{name} was chosen in another explorer; it is silent at {position}."
+        self.layer.value = layer
+        self._look()
+        self.feature.value = feature
+        return f"{name} was chosen in another explorer. {self._focus()}"
 
     def _focus(self) -> str:
         layer, position, token = self.layer.value, self.token.value, self.trace.token_strings[self.token.value]

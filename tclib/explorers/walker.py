@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 import pandas as pd
@@ -11,11 +12,15 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import targets
 from tclib.attribution import attribute
-from tclib.explorers.base import WIDE, Explorer, bars, replace_options, table
+from tclib.explorers.answers import Question
+from tclib.explorers.base import Explorer, bars, replace_options, table
 from tclib.targets import Target
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
 from tclib.views import source_names
+
+if TYPE_CHECKING:
+    from tclib.explorers.selected import Selected
 
 TOP = 12
 
@@ -78,22 +83,21 @@ def goes_on(table: pd.DataFrame, most: int = 40) -> list[tuple[str, int]]:
     return [(f"{n}  {c:+.3f}", row) for n, c, row in zip(names, some["contribution"], some.index, strict=True)]
 
 
-def answer_target(trace: Trace, token: str, other: str) -> Target:
-    """The logit of ``token``, minus that of ``other`` unless it is empty."""
-    return targets.logit_difference(trace, token, other) if other else targets.logit(trace, token)
-
-
 class Walker(Explorer):
     """Down to a source with a button , up again with another; the path and its balance beside it."""
 
     def __init__(
-        self, model: TransformerBridge, transcoders: dict[int, Transcoder], prompt: str, token: str, other: str = ""
+        self,
+        model: TransformerBridge,
+        transcoders: dict[int, Transcoder],
+        prompt: str,
+        token: str,
+        other: str = "",
+        selected: Selected | None = None,
     ):
         self.model, self.transcoders, self.walk = model, transcoders, []
-        self.prompt = w.Text(prompt, description="prompt", continuous_update=False, layout=WIDE)
-        short = w.Layout(width="160px")
-        self.token = w.Text(token, description="answer", continuous_update=False, layout=short)
-        self.other = w.Text(other, description="rather than", continuous_update=False, layout=short)
+        self.question = Question(prompt, token, other)
+        self.prompt, self.token, self.other = self.question.fields
         self.source = w.Select(description="source", rows=16, layout=w.Layout(width="340px"))
         self.down = w.Button(description="down to it", tooltip="explain the chosen source", icon="arrow-down")
         self.up = w.Button(description="up again", tooltip="back to what it contributes to", icon="arrow-up")
@@ -101,20 +105,29 @@ class Walker(Explorer):
         side = w.VBox([self.source, w.HBox([self.down, self.up])])
         super().__init__(
             "Attribution walker",
-            [(self.prompt, self.token, self.other)],
+            self.question.rows,
             [side, w.VBox([self.path, self.view], layout=w.Layout(flex="1 1 420px"))],
+            selected,
         )
-        self.watch(self._start, self.prompt, self.token, self.other)
+        self.watch(self._start, *self.question.fields)
         self.watch(self._down, self.down)
         self.watch(self._up, self.up)
-        self.watch(self._mark, self.source)
+        self.watch(self._choose, self.source)
         self.start(self._start)
 
     def _start(self) -> str:
         traced = trace(self.model, self.transcoders, self.prompt.value)
-        walk = begin(traced, answer_target(traced, self.token.value, self.other.value))
+        walk = begin(traced, self.question.target(traced))
         self.trace, self.walk = traced, walk  # together, or not at all
+        self.question.show(traced)
         return self._show()
+
+    def _choose(self) -> str:
+        if self.source.value is not None:
+            source = self.walk[-1].table.loc[self.source.value]
+            if source["kind"] == "feature":
+                self.choose(int(source["layer"]), int(source["feature"]))
+        return self._mark()
 
     def _down(self) -> str:
         if self.source.value is None:

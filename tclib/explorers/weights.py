@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 import pandas as pd
@@ -14,13 +15,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.connections import overlap
-from tclib.explorers.base import Explorer, bars, picture
+from tclib.explorers.base import Explorer, bars, picture, whole_number
 from tclib.index.build import build_index
 from tclib.index.connect import incoming, strongest
 from tclib.index.read import count
 from tclib.index.store import Index
 from tclib.transcoder import Transcoder
 from tclib.views import NEGATIVE, POSITIVE
+
+if TYPE_CHECKING:
+    from tclib.explorers.selected import Selected
 
 KS = (1, 2, 5, 10, 20, 50, 100, 200)
 WEIGHTED = {"target-weighted": "target_weighted", "mean input x gradient": "input_x_gradient"}
@@ -66,22 +70,31 @@ def overlap_figure(table: pd.DataFrame, title: str) -> Figure:
 class Weights(Explorer):
     """A feature by layer and number, a source layer, and one of the two weightings by text."""
 
-    def __init__(self, transcoders: Mapping[int, Transcoder], index: Index, layer: int, feature: int):
+    def __init__(
+        self,
+        transcoders: Mapping[int, Transcoder],
+        index: Index,
+        layer: int,
+        feature: int,
+        selected: Selected | None = None,
+    ):
         self.transcoders, self.index = transcoders, index
         layers = sorted(transcoders)
         if len(layers) < 2:
             raise ValueError("connections between features need transcoders of at least two layers")
         short = w.Layout(width="200px")
         self.layer = w.Dropdown(options=layers[1:], value=layer, description="layer", layout=short)
-        self.feature = w.IntText(feature, description="feature", continuous_update=False, layout=short)
+        self.feature = w.Text(str(feature), description="feature", continuous_update=False, layout=short)
         self.source = w.Dropdown(options=[a for a in layers if a < layer], description="sources in", layout=short)
         self.source.value = max(self.source.options)
         self.by = w.ToggleButtons(options=WEIGHTED, description="by text:", style={"button_width": "auto"})
         self.invariant, self.weighted, self.curve = w.HTML(), w.HTML(), w.HTML()
         controls = [(self.layer, self.feature, self.source), (self.by,)]
-        super().__init__("Weights explorer", controls, [self.invariant, self.weighted, self.curve])
+        super().__init__("Weights explorer", controls, [self.invariant, self.weighted, self.curve], selected)
         self.watch(self._other_layer, self.layer)
-        self.watch(self._show, self.feature, self.source, self.by)
+        self.watch(self._choose, self.feature)
+        self.watch(self._show, self.source, self.by)
+        self.follow(lambda: self._shown, self._follow)
         self.start(self._show)
 
     @classmethod
@@ -104,9 +117,23 @@ class Weights(Explorer):
         self.source.value = max(self.source.options)
         return self._show()
 
+    def _choose(self) -> str:
+        said = self._show()
+        self.choose(*self._shown)
+        return said
+
+    def _follow(self) -> str:
+        layer, feature = self.selected.feature
+        if layer not in self.layer.options:
+            return f"mlp{layer}[{feature}] was chosen in another explorer; no earlier layer has features to drive it."
+        self.layer.value, self.feature.value = layer, str(feature)
+        return self._other_layer()
+
     def _show(self) -> str:
-        layer, feature, source, by = self.layer.value, self.feature.value, self.source.value, self.by.value
+        layer, source, by = self.layer.value, self.source.value, self.by.value
+        feature = whole_number(self.feature.value, "feature", self.index.n_features(layer))
         table = rankings(self.index, self.transcoders, layer, feature, source)
+        self._shown = (layer, feature)
         name, fired = f"mlp{layer}[{feature}]", count(self.index, layer, feature)
         self.invariant.value = _ranked(table, "input_invariant", source, f"{name} by weights alone")
         if not fired:

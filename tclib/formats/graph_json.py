@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -91,7 +92,14 @@ def neuronpedia_url(layer: int, feature: int, scan: str = "gpt2-small", source: 
 
 
 def save_graph_json(
-    trace: Trace, graph: Graph, folder: str | Path, slug: str, scan: str, source: str | None = None
+    trace: Trace,
+    graph: Graph,
+    folder: str | Path,
+    slug: str,
+    scan: str,
+    source: str | None = None,
+    pinned: Collection[tuple[int, int, int]] = (),
+    groups: Mapping[str, Collection[tuple[int, int, int]]] | None = None,
 ) -> Path:
     """Write ``folder/slug.json`` and enter it in ``folder/graph-metadata.json``.
 
@@ -103,6 +111,9 @@ def save_graph_json(
         slug: the graph's name: letters, digits, ``-`` and ``_``.
         scan: the model's name on Neuronpedia, ``"gpt2-small"``.
         source: the set of features on Neuronpedia, ``"tres-dc"`` for the paper's; None where it has no pages.
+        pinned: features (layer, position, feature) that the viewer shows at once; those that the graph lacks are left
+            out.
+        groups: features that the viewer shows as one node of this name.
 
     Raises:
         ValueError: a slug that is no plain name, or more edges than anyone could look at.
@@ -133,7 +144,17 @@ def save_graph_json(
         },
     )  # fmt: skip
     links = [_Link(source=origin, target=target, weight=weight) for (origin, target), weight in weights.items()]
-    content = _File(metadata=metadata, nodes=nodes, links=links)
+    there = {node.node_id for node in nodes}
+
+    def present(features: Collection[tuple[int, int, int]]) -> list[str]:
+        names = (f"{layer}_{feature}_{position}" for layer, position, feature in features)
+        return [name for name in names if name in there]
+
+    supernodes = [[name, *members] for name, of in (groups or {}).items() if (members := present(of))]
+    shown = dict.fromkeys([*present(pinned), *(member for _, *members in supernodes for member in members)])
+    content = _File(
+        metadata=metadata, qParams=_QParams(pinnedIds=list(shown), supernodes=supernodes), nodes=nodes, links=links
+    )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug}.json"
