@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from tclib.frozen import check
 from tclib.sources import sources

@@ -263,4 +263,3 @@ def _constants(trace: Trace) -> Float[Tensor, "stage pos d_model"]:
             elif source.kind == "skip":
                 stream = stream + skip_path(trace, layer, read)
     return torch.stack([*stages, stream])
-

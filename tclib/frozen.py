@@ -173,4 +173,3 @@ def _gradients(trace: Trace, target: Target) -> dict[str, Tensor]:
         read = seen.pop("read")[0, target.position]
         (read @ (target.reader * trace.gain(target.place, target.layer)[0])).backward()
     return {name: value.grad[0] for name, value in seen.items() if value.grad is not None}
-

@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"0123456789abcdefgh", "Ġ", "ĠĠ", "Ġa", "bc", "Ġbc"]
 MERGES = ["Ġ Ġ", "Ġ a", "b c", "Ġ bc"]
 LLAMA = {
-    "embed_tokens.": "token_embd.", "model.norm.": "output_norm.", "lm_head.": "output.", "input_layernorm": "attn_norm",
+    "embed_tokens.": "token_embd.", "model.norm.": "output_norm.", "lm_head.": "output.",
+    "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "layers.": "blk.", "model.": "",

@@ -22,7 +22,7 @@ from tests.conftest import REPO
 
 TEXT = "Café “naï”"
 PLAIN = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
-UNDER_ASCII = f'''
+UNDER_ASCII = f"""
 import json, sys
 from pathlib import Path
 import networkx as nx, torch
@@ -63,7 +63,7 @@ circuit.add_node(text, kind="target", token=text)
 for ending in (".json", ".graphml"):
     save_graph(circuit, folder / ("circuit" + ending))
     assert load_graph(folder / ("circuit" + ending)).nodes[text]["token"] == text
-'''
+"""
 
 
 def test_nothing_is_lost_under_an_ascii_locale(tmp_path):

@@ -173,7 +173,7 @@ def test_a_planted_change_is_found():
             "outputs": [
                 {"output_type": "stream", "name": "stdout", "text": [text]},
                 {"output_type": "display_data", "data": {"image/png": chart(height)}},
-            ]
+            ],
         }
 
     assert compare_cell(cell("p = 0.87\n", 200), cell("p = 0.871\n", 201)) == []

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gguf import GGUFReader
+from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from huggingface_hub import constants
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -150,7 +150,16 @@ def test_changed_headers_are_refused_or_read(good, tmp_path, data):
 
 def lie(path, **numbers):
     """The smallest file with a lie: one tensor of 32 numbers, and a vocabulary of two tokens."""
-    said = {"version": 3, "tensors": 1, "keys": 2, "elements": 2, "rank": 1, "side": 32, "kind": 0, "offset": 0} | numbers
+    said = {
+        "version": 3,
+        "tensors": 1,
+        "keys": 2,
+        "elements": 2,
+        "rank": 1,
+        "side": 32,
+        "kind": 0,
+        "offset": 0,
+    } | numbers
 
     def text(content: bytes, length=None):
         return struct.pack("<Q", len(content) if length is None else length) + content

@@ -46,9 +46,7 @@ def run(server, home, code, *arguments, limit=None, **environment):
     env["HF_HUB_DISABLE_TELEMETRY"] = "1"
     capped = limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(
-        command, cwd=REPO, env=env, capture_output=True, encoding="utf-8", preexec_fn=capped
-    )
+    return subprocess.run(command, cwd=REPO, env=env, capture_output=True, encoding="utf-8", preexec_fn=capped)
 
 
 def fetch(server, home, what="somebody/transcoders", **options):

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import forward, hook_in, hook_out, our_name
+from tclib.activations import forward, hook_in, our_name
 from tclib.evaluation.faithfulness import check_text, compare, numbered
 from tclib.evaluation.sums import Sums, bootstrap_weights
 from tclib.inputs import check_layers, words
