@@ -248,7 +248,7 @@ def test_context_shows_neighbours_and_stops_at_the_row(built, dense):
         assert np.array_equal(found.activations, z[2, start:stop])
         assert np.array_equal(found.tokens, built.tokens[2, start:stop])
         assert found.centre == position - start
-    with pytest.raises(ValueError, match="the index has 50 rows of 16"):
+    with pytest.raises(ValueError, match="row 50 is outside the index"):
         read.context(built, 0, feature, ROWS, 0)
 
 
