@@ -104,8 +104,7 @@ class Norm:
         return cls(hook, centres, gain, bias, module.config.eps)
 
     def centre(self, vectors: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
-        """The vectors without their means, where this norm takes those away; also of readers, since that is symmetric.
-        """
+        """Vectors (or readers: centring is symmetric) without their means, where this norm removes those."""
         return vectors - vectors.mean(-1, keepdim=True) if self.centres else vectors
 
     def normalised(self, x: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:

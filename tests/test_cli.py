@@ -281,7 +281,7 @@ def test_a_full_disk_leaves_no_half_notebook(repo, tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         f"sys.exit(run.run(['--only', '02,05', '--name', 'full'], Path({str(repo)!r})))"
     )
-    said = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    said = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, encoding="utf-8")
     assert said.returncode == 1
     (sentence,) = said.stderr.strip().splitlines()
     assert (
@@ -339,7 +339,7 @@ def test_sigterm_is_handed_on_and_ends_the_command(tmp_path):
     waiting = "import subprocess, sys\nfrom tclib.cli.bootstrap import wait\n"
     waiting += "wait(subprocess.Popen([sys.executable, '-c', {!r}]))"
     outer = waiting.format(waiting.format(inner))
-    with subprocess.Popen([sys.executable, "-c", outer], cwd=REPO, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", outer], cwd=REPO, stdout=subprocess.PIPE, encoding="utf-8") as process:
         innermost = int(process.stdout.readline())
         process.terminate()
         assert process.wait(30) == 143

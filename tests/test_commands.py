@@ -99,7 +99,9 @@ def check(words: list[str], clone: Path, monkeypatch) -> None:
             and (REPO / rest[1]).exists()
         )
     elif program == "dask":
-        said = subprocess.run([sys.executable, "-m", "dask", rest[0], "--help"], capture_output=True, text=True).stdout
+        said = subprocess.run(
+            [sys.executable, "-m", "dask", rest[0], "--help"], capture_output=True, encoding="utf-8"
+        ).stdout
         assert all(option in said for option in rest if option.startswith("--")) and "Usage" in said
     elif program == "rm":
         assert not [word for word in rest if word in ("build", "build/nbgrader", "runs", ".venv")]  # work of people
@@ -115,7 +117,7 @@ def check_make(rest: list[str], clone: Path, monkeypatch) -> None:
     """What make would run, and that every variable has an effect."""
     for variable in (word.split("=")[0] for word in rest if "=" in word):
         assert f"$({variable})" in MAKEFILE or f"export {variable}" in MAKEFILE, f"make ignores {variable}"
-    said = subprocess.run(["make", "-n", "PYTHON=python", *rest], cwd=REPO, capture_output=True, text=True)
+    said = subprocess.run(["make", "-n", "PYTHON=python", *rest], cwd=REPO, capture_output=True, encoding="utf-8")
     assert said.returncode == 0, said.stderr
     for line in said.stdout.splitlines():
         check(shlex.split(line.removeprefix("exec ")), clone, monkeypatch)
@@ -215,6 +217,8 @@ def test_the_examples_of_run_do_run(line, tmp_path, monkeypatch):
         (clone / name).symlink_to(REPO / name)
     monkeypatch.setenv("PYTHONPATH", str(clone))
     monkeypatch.setenv("TCLIB_VENV", "off")
-    said = subprocess.run([*shlex.split(line), f"PYTHON={sys.executable}"], cwd=clone, capture_output=True, text=True)
+    said = subprocess.run(
+        [*shlex.split(line), f"PYTHON={sys.executable}"], cwd=clone, capture_output=True, encoding="utf-8"
+    )
     assert said.returncode == 0, said.stdout + said.stderr
     assert "headline" in said.stdout and "FAILED" not in said.stdout

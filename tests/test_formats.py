@@ -174,9 +174,9 @@ def test_sets_for_todays_models_fit_them(tmp_path, monkeypatch, tool, family):
     for layer in (0, 1) if "circuit" not in tool else (0,):
         write(tmp_path / "set", layer)
     if tool == "circuit-tracer, of the MLP itself":
-        config = (tmp_path / "set" / "config.yaml").read_text()
+        config = (tmp_path / "set" / "config.yaml").read_text(encoding="utf-8")
         config = config.replace(NORMALISED[0], OWN[0]).replace(NORMALISED[1], OWN[1])
-        (tmp_path / "set" / "config.yaml").write_text(config)
+        (tmp_path / "set" / "config.yaml").write_text(config, encoding="utf-8")
     for model in (plain, make_model(tmp_path / "model", blocks=family)):
         with warnings.catch_warnings(action="ignore"):  # the text that loading asks about is nothing but w0 here
             layers = load(tmp_path / "set", model=model)

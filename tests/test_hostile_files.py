@@ -499,7 +499,7 @@ def edit(path, **values):
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "evil.Tokenizer"}}, "asks to run code of its own"),
         ("config.json", {"n_embd": 10**7}, "config.json says vocabulary 41, width 10000000"),
         ("config.json", {"vocab_size": 10**9}, "config.json says vocabulary 1000000000"),
-        ("config.json", {"n_layer": 10**6}, "1000000 layers; model.safetensors has"),
+        ("config.json", {"n_layer": 10**6}, "1000000 layers; its weights have"),
         ("config.json", {"n_layer": "2"}, "config.json says"),
     ],
 )

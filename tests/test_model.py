@@ -74,7 +74,7 @@ def _in_two_files(folder):
     for file, inside in parts.items():
         save_file({name: whole[name] for name in inside}, folder / file, {"format": "pt"})
     index = {"metadata": {}, "weight_map": {name: file for file, inside in parts.items() for name in inside}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def test_weights_in_several_files_are_the_same_model(tmp_path):
@@ -99,7 +99,7 @@ def test_weights_in_several_files_are_the_same_model(tmp_path):
 def test_an_index_that_does_not_fit_its_folder_gets_one_sentence(tmp_path, weight_map, sentence):
     make_model(tmp_path, blocks="llama")
     _in_two_files(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     with pytest.raises(ValueError, match=sentence):
         tc.load_model(str(tmp_path), device="cpu")
 

@@ -102,13 +102,13 @@ def test_bad_grids_are_refused_before_anything_runs(notebook, tmp_path, grid, se
 
 def test_the_grid_that_a_message_suggests_is_one_that_matters(tmp_path):
     """Its runs differ in what the architecture uses: k, say, would be ignored by relu, the default."""
-    (tmp_path / "grid.json").write_text("nonsense")
+    (tmp_path / "grid.json").write_text("nonsense", encoding="utf-8")
     with pytest.raises(ValueError, match="cannot be read as a grid") as refusal:
         command.read_grid(tmp_path / "grid.json")
     suggested = json.loads(str(refusal.value).split("such as ")[1])
     runs = expand(suggested, declared_parameters(json.loads(NOTEBOOK.read_text(encoding="utf-8"))))
     assert len({run["l1"] for run in runs if run["activation"] == "relu"}) == len(runs) == 2
-    (tmp_path / "grid.json").write_text("[1]")
+    (tmp_path / "grid.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(ValueError, match="is not a grid") as refusal:
         command.read_grid(tmp_path / "grid.json")
     assert json.dumps(suggested) in str(refusal.value)

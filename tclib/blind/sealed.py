@@ -22,7 +22,7 @@ from tclib import connections, targets
 from tclib.attribution import attribute
 from tclib.blind.rules import Rule, Words, score
 from tclib.circuits import best_first
-from tclib.inputs import check_tokens, feature_of, words
+from tclib.inputs import bos_id, check_tokens, feature_of, words
 from tclib.model import token_strings
 from tclib.prompt_graph import Node, prompt_graph
 from tclib.targets import Target
@@ -124,7 +124,13 @@ class Seal:
         self._model, self._tokens, self._activations = model, tokens, activations
         at = activations.argmax(1)
         strong = np.flatnonzero(activations.max(1) >= activations.max() / 2)
-        rows = np.random.default_rng([seed, layer, index]).permutation(strong)[:examples]
+        # A row of packed text may begin with the end of a document, and so with two BOS; a prompt may not.
+        inside = (tokens[:, 1] != bos_id(model)).numpy()
+        rows = [row for row in np.random.default_rng([seed, layer, index]).permutation(strong) if inside[row]][
+            :examples
+        ]
+        if not rows:
+            raise ValueError(f"mlp{layer}[{index}] is strong only behind two BOS: draw another, or give more text")
         prompts = [tokens[row, : at[row] + 1] for row in rows]
         self._traces = [trace(model, transcoders, prompt) for prompt in prompts]
         self.activations = [float(activations[row, at[row]]) for row in rows]
