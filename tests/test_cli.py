@@ -356,7 +356,7 @@ def test_sigterm_ends_a_run_and_its_kernel(repo, tmp_path):
     code = "import sys; from pathlib import Path; from tclib.cli import run\n"
     code += f"sys.exit(run.run(['--only', '02,05'], Path({str(repo)!r})))"
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     ) as process:
         until(lambda: (tmp_path / "kernel").is_file() and (tmp_path / "kernel").read_text(encoding="utf-8"))
         process.terminate()

@@ -175,7 +175,7 @@ def check_papermill(rest: list[str], clone: Path) -> None:
     out = clone / "out.ipynb"
     rest = [str(out) if word == "out.ipynb" else word for word in rest]
     said = subprocess.run(
-        [sys.executable, "-m", "papermill", *prepare, *rest], cwd=REPO, capture_output=True, text=True
+        [sys.executable, "-m", "papermill", *prepare, *rest], cwd=REPO, capture_output=True, encoding="utf-8"
     )
     assert said.returncode == 0, said.stderr
     if prepare:

@@ -48,8 +48,10 @@ def command(name: str, *rest: str) -> int:
         from tclib.cli import serve
 
         return getattr(serve, name)(rest)
-    from tclib.cli.testing import test
+    from tclib.cli.testing import lint, test
 
+    if name == "lint":
+        return lint()
     return test(slow=name == "test-all")
 
 

@@ -1,4 +1,4 @@
-"""`python -m tclib test`: the notebooks first, then everything else."""
+"""`python -m tclib test`: the code's style and the notebooks first, then everything else."""
 
 from __future__ import annotations
 
@@ -21,10 +21,18 @@ def test(slow: bool) -> int:
         # Two kernels with two threads each would fight over two cores.
         env["OMP_NUM_THREADS"] = "1"
         parallel = ["-n", "2", "--dist=worksteal"]
+    style = lint()
     notebooks = execute_copies(REPO, parallel, env)
     markers = ["-m", "slow or not slow"] if slow else []
     others = pytest(["tests", *markers, *parallel], env)
-    return notebooks or others
+    return style or notebooks or others
+
+
+def lint() -> int:
+    """Check the style of all code outside the notebooks; return 0 only if there is nothing to mend."""
+    ruff = [sys.executable, "-m", "ruff"]
+    checks = ([*ruff, "check", "--quiet"], [*ruff, "format", "--check", "--quiet"])
+    return max(wait(subprocess.Popen(command, cwd=REPO)) for command in checks)
 
 
 def execute_copies(repo: Path, parallel: list[str], env: dict[str, str]) -> int:
