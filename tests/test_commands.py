@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
@@ -117,7 +118,10 @@ def check_make(rest: list[str], clone: Path, monkeypatch) -> None:
     """What make would run, and that every variable has an effect."""
     for variable in (word.split("=")[0] for word in rest if "=" in word):
         assert f"$({variable})" in MAKEFILE or f"export {variable}" in MAKEFILE, f"make ignores {variable}"
-    said = subprocess.run(["make", "-n", "PYTHON=python", *rest], cwd=REPO, capture_output=True, encoding="utf-8")
+    # Under `make test` itself, an inner make would take over its options and name the folders that it enters.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    command = ["make", "-n", "PYTHON=python", *rest]
+    said = subprocess.run(command, cwd=REPO, env=outside, capture_output=True, encoding="utf-8")
     assert said.returncode == 0, said.stderr
     for line in said.stdout.splitlines():
         check(shlex.split(line.removeprefix("exec ")), clone, monkeypatch)

@@ -110,11 +110,30 @@ def test_500_steps_in_float64_end_with_the_same_weights(kind):
     assert max(apart(rows, others)) < 1e-8
 
 
+def steps_before_a_tie() -> int:
+    """Steps of TopK until the k-th and the next activation of a token differ by float32's rounding alone.
+
+    From there on, which of the two is kept depends on the processor's order of adding, and both are right.
+    """
+    c = config("topk", screen_below=1.0)
+    student = Student(0, *data(torch.float32, seed=1000), c)
+    for step in range(c.steps):
+        x, y = data(torch.float32, seed=step % 20)
+        pre = student.scaled(x, y)[0] @ student.transcoder.W_enc + student.transcoder.b_enc
+        last, next_one = pre.topk(c.k + 1).values[:, -2:].T
+        if (last - next_one < 5e-7 * last).any():
+            return step
+        student.step(x, y, step)
+    return c.steps
+
+
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 def test_500_steps_in_float32_end_equally_well(kind):
     rows, others = (trajectory(c, kind, torch.float32, screen_below=1.0)[1] for c in (Student, SparseStudent))
-    loss, l0, fvu = apart(rows, others)
-    assert loss < 1e-4 and l0 < 5e-3 and fvu < 5e-3
+    _, l0, fvu = apart(rows, others)
+    steps = steps_before_a_tie() if kind == "topk" else len(rows)
+    assert steps > 100 and apart(rows[:steps], others[:steps])[0] < 1e-4
+    assert l0 < 5e-3 and fvu < 5e-3
 
 
 @pytest.mark.parametrize("kind", ["relu", "jumprelu"])
