@@ -84,7 +84,7 @@ def goes_on(table: pd.DataFrame, most: int = 40) -> list[tuple[str, int]]:
 
 
 class Walker(Explorer):
-    """Down to a source with a button , up again with another; the path and its balance beside it."""
+    """Step down to a source or back up with two buttons; the path and its balance stand beside them."""
 
     def __init__(
         self,
