@@ -109,7 +109,11 @@ def whole(name: str, value: Any, count: int, owner: str) -> int:
 
 
 def counted(name: str, value: Any) -> int:
-    """A number that counts from 0, where nobody knows how many there are."""
+    """A number that counts from 0, where nobody knows how many there are.
+
+    Raises:
+        ValueError: no whole number, or one below 0.
+    """
     number = _number(name, value)
     if number < 0:
         raise ValueError(f"{name} {number} is below 0, from which {name}s are counted")
@@ -117,7 +121,11 @@ def counted(name: str, value: Any) -> int:
 
 
 def from_end(name: str, value: Any, count: int, owner: str) -> int:
-    """As `whole`, but negative numbers count from the end, as in Python."""
+    """As `whole`, but negative numbers count from the end, as in Python.
+
+    Raises:
+        ValueError: no whole number, or there is no such thing from either end.
+    """
     number = _number(name, value)
     if not -count <= number < count:
         raise ValueError(f"{name} {number} is outside {owner}, which has {count} {name}s")
@@ -125,14 +133,22 @@ def from_end(name: str, value: Any, count: int, owner: str) -> int:
 
 
 def feature_of(transcoders: Mapping[int, Any], layer: int, feature: Any) -> int:
-    """The feature, if there is a transcoder of this layer and it has it; raises otherwise."""
+    """The number of a feature of one layer's transcoder.
+
+    Raises:
+        ValueError: no transcoder of this layer, or no such feature in it.
+    """
     if isinstance(layer, bool) or layer not in transcoders:
         raise ValueError(f"layer {layer} has no transcoder: layers {sorted(transcoders)} have one")
     return whole("feature", feature, transcoders[layer].config.d_features, f"the transcoder of layer {layer}")
 
 
 def check_layers(model: TransformerBridge, layers: Iterable[int]) -> None:
-    """Raise one sentence for a layer that the model does not have, or for no layer at all."""
+    """Look at the numbers of layers that something is asked of.
+
+    Raises:
+        ValueError: no layer at all, or one that the model does not have.
+    """
     layers = list(layers)
     if not layers:
         raise ValueError(f"there is no layer: this model has layers 0 to {model.cfg.n_layers - 1}")
