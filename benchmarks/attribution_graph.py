@@ -75,7 +75,7 @@ def ours(folder: Path) -> dict:
     from safetensors.torch import load_file, save_file
 
     import tclib as tc
-    from tclib.graph import build_graph, plan
+    from tclib.circuits.graph import build_graph, plan
 
     torch.set_num_threads(1)
     model = tc.load_model(str(folder / "model"), device="cpu")

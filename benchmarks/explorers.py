@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 import tclib as tc
-from tclib import explorers
-from tclib.index import Index, Summary, build_index, load_summary
+from tclib import ui
+from tclib.features import Index, Summary, build_index, load_summary
 
 PROMPT, OTHER = "The war lasted from the year 1732 to the year 17", "The siege ended in the year 1545; it began in 15"
 REPEATS = 4
@@ -38,13 +38,13 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
     def settings(control, *values) -> list[Callable[[], None]]:
         return [lambda value=value: setattr(control, "value", value) for value in values]
 
-    scope = explorers.Microscope(model, transcoders, PROMPT)
+    scope = ui.Microscope(model, transcoders, PROMPT)
     yield "microscope: prompt", settings(scope.prompt, OTHER, PROMPT)
     yield "microscope: token", settings(scope.token, 8, 12)
     yield "microscope: layer", settings(scope.layer, 0, 2)
     yield "microscope: feature", settings(scope.feature, *[value for _, value in scope.feature.options[1:3]])
 
-    browser = explorers.Browser(model, transcoders, summary)
+    browser = ui.Browser(model, transcoders, summary)
     yield "browser: frequency", settings(browser.range, (0.0, 1e-3), (0.0, 1.0))
     yield "browser: feature", settings(browser.list, *[value for _, value in browser.list.options[1:3]])
     browser.query.value, browser.by.value = "war", "token"
@@ -54,12 +54,12 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
     browser.by.value = "similarity"
     yield "browser: similarity", settings(browser.number, "606", "892")
 
-    walker = explorers.Walker(model, transcoders, PROMPT, "45", "20")
+    walker = ui.Walker(model, transcoders, PROMPT, "45", "20")
     yield "walker: prompt", settings(walker.prompt, PROMPT.replace("war", "siege"), PROMPT)
     yield "walker: source", settings(walker.source, *[value for _, value in walker.source.options[1:3]])
     yield "walker: down and up", [walker.down.click, walker.up.click]
 
-    editor = explorers.Editor(model, transcoders, PROMPT, "45", "20")
+    editor = ui.Editor(model, transcoders, PROMPT, "45", "20")
     yield "editor: prompt", settings(editor.prompt, PROMPT.replace("war", "siege"), PROMPT)
     yield "editor: threshold", settings(editor.share, 0.02, 0.05)
     yield "editor: nodes drawn", settings(editor.top, 30, 15)
@@ -71,12 +71,12 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
         editor.out.click()
     yield "editor: held or free", settings(editor.held, "all else frozen", "all else answers")
 
-    weights = explorers.Weights(transcoders, index, 2, 892)
+    weights = ui.Weights(transcoders, index, 2, 892)
     yield "weights: feature", settings(weights.feature, "606", "892")
     yield "weights: sources", settings(weights.source, 0, 1)
     yield "weights: weighting", settings(weights.by, "input_x_gradient", "target_weighted")
 
-    lab = explorers.Lab(model, transcoders)
+    lab = ui.Lab(model, transcoders)
     yield "lab: YY", settings(lab.year, 60, 35)
     yield "lab: units kept", settings(lab.kept, 4, 16)
     yield "lab: taken out", settings(lab.out, tuple(lab.ranked[:2].tolist()), ())

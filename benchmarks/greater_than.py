@@ -1,4 +1,4 @@
-"""How fast is the sweep over units kept? `tclib.tasks.sweeps` against the method of the paper's notebook.
+"""How fast is the sweep over units kept? `tclib.tasks.unit_sweep` against the method of the paper's notebook.
 
 The shape is GPT2-small's: 12 layers of width 768, 50,257 tokens, a transcoder of 24,576 features for MLP 10, 98 prompts
 of 9 tokens, 100 nested feature counts; the weights are random. The plain method, written anew below, runs the whole
@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import hook_in, hook_out
 from tclib.tasks import greater_than as gt
-from tclib.tasks import sweeps
+from tclib.tasks import unit_sweep
 from tclib.transcoder import Transcoder, TranscoderConfig
 
 LAYER, FEATURES, COUNTS = 10, 24_576, range(1, 101)
@@ -65,7 +65,7 @@ def main() -> None:
     tokens = prompts.tokens
     (x,) = gt.at_last_token(model, prompts, LAYER, [hook_in(LAYER)])
     transcoder = random_transcoder(x[:20])
-    ranked = sweeps.rank_units(model, prompts, LAYER, transcoder)
+    ranked = unit_sweep.rank_units(model, prompts, LAYER, transcoder)
 
     ours, theirs, reference = [], {}, {}
     for k in TIMED:  # alternating, so that both meet the same machine
@@ -73,7 +73,7 @@ def main() -> None:
         reference[k] = plain(model, tokens, transcoder, ranked[:k], ids)
         theirs[k] = time.process_time() - start
         start = time.process_time()
-        answers = sweeps.keep_units(model, prompts, LAYER, COUNTS, ranked, transcoder, rest="zero")
+        answers = unit_sweep.keep_units(model, prompts, LAYER, COUNTS, ranked, transcoder, rest="zero")
         ours.append(time.process_time() - start)
 
     gaps = []

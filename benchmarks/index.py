@@ -29,8 +29,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import hook_in, hook_out
-from tclib.index import Index, build_index, read, store
-from tclib.index.build import BATCH_ROWS
+from tclib.features import Index, build_index, feature_activations
+from tclib.features import index as store
+from tclib.features.build import BATCH_ROWS
 from tclib.transcoder import Transcoder, TranscoderConfig
 
 LAYER, FEATURES, WIDTH, ACTIVE = 8, 24_576, 128, 50
@@ -136,7 +137,13 @@ def reading(folder: Path) -> None:
     drawn = np.random.default_rng(0).choice(np.flatnonzero(counts), 200, replace=False)
     print(f"reading from {index.n_tokens:,} tokens, {counts.sum():,} activations, milliseconds per call:")
     densest = int(counts.argmax())
-    for function in (read.count, read.histogram, read.top, read.bands, read.top_tokens):
+    for function in (
+        feature_activations.count,
+        feature_activations.histogram,
+        feature_activations.top,
+        feature_activations.bands,
+        feature_activations.top_tokens,
+    ):
         each = [best_of(lambda f=feature, g=function: g(index, 0, int(f)), 3) for feature in drawn]
         worst = best_of(lambda g=function: g(index, 0, densest), 5)
         name = function.__name__

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import tclib as tc
-from tclib import guards
+from tclib.io import safe_files
 from tests import foreign
 from tests.full_scale import FEATURES, LAYERS, RARE, WIDTH
 
@@ -42,7 +42,7 @@ class AsTheOriginal(nn.Module):
 
 def state_of(path: Path, mmap: bool = False) -> dict[str, torch.Tensor]:
     """The file's tensors."""
-    with torch.serialization.safe_globals([(guards.ConfigStub, guards.CONFIG_CLASS)]):
+    with torch.serialization.safe_globals([(safe_files.ConfigStub, safe_files.CONFIG_CLASS)]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)["state_dict"]
 
 

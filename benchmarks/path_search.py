@@ -1,4 +1,4 @@
-"""How fast is the greedy path search? `tclib.circuits.greedy` against the paper's code or its plain rules.
+"""How fast is the greedy path search? `tclib.circuits.path_search.greedy` against the paper's code or its plain rules.
 
 The shape is GPT2-small's: 12 layers of width 768, a transcoder of 24,576 features in each, about 50 of them active per
 token, a prompt of 10 tokens, 3 steps, 15 branches; the weights are random (decoder rows centred, as the paper's code
@@ -27,8 +27,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import targets
 from tclib.activations import hook_in, hook_out
-from tclib.circuits import greedy
-from tclib.prompt_graph import prompt_graph
+from tclib.circuits.one_step import prompt_graph
+from tclib.circuits.path_search import greedy
 from tclib.tracing import trace
 from tclib.transcoder import Transcoder, TranscoderConfig
 

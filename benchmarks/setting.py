@@ -27,8 +27,8 @@ def gpt2_sized() -> TransformerBridge:
     """12 layers of width 768 with random weights and the bundled tokenizer, whose years are two tokens as in GPT-2."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from tclib.io.paths import data_path
     from tclib.model import load_model
-    from tclib.paths import data_path
 
     with tempfile.TemporaryDirectory() as folder:
         for name in ("tokenizer.json", "tokenizer_config.json"):

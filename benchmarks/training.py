@@ -112,8 +112,8 @@ def paper(batch: int) -> Step:
 
 def ours(name: str, batch: int) -> Step:
     from tclib.training.config import TrainConfig
-    from tclib.training.sparse import SparseStudent
-    from tclib.training.student import Student
+    from tclib.training.fast.sparse_step import SparseStudent
+    from tclib.training.trainer import Student
 
     way, kind = name.split()
     config = TrainConfig(
@@ -269,9 +269,9 @@ def quality(seed: int, steps: int, l1: float, layer: int) -> dict[str, dict]:
     import tclib as tc
     from tclib import text
     from tclib.activations import mlp_activations
-    from tclib.training.sparse import SparseStudent
+    from tclib.training.fast.sparse_step import SparseStudent
     from tclib.training.stream import ModelSource, Stream
-    from tclib.training.student import rates
+    from tclib.training.trainer import rates
 
     model = tc.load_model(device="cpu")
     config = tc.TrainConfig(l1=l1, steps=steps, seed=seed, **QUALITY)
@@ -346,7 +346,7 @@ def suite(steps: int) -> float:
     """All layers of a random model of GPT2-small's shape on 4,096 tokens per step, against 12 runs of the paper's."""
     import tclib as tc
     from tclib.activations import mlp_activations
-    from tclib.training.sparse import SparseStudent
+    from tclib.training.fast.sparse_step import SparseStudent
     from tclib.training.stream import ModelSource, Stream
 
     model = gpt2_sized()

@@ -25,7 +25,7 @@ from making.transcoders import L1, held_out_rows, mixed_rows, recipe
 from tclib import evaluation, text
 from tclib.training import distributed
 from tclib.training.stream import ModelSource, Stream
-from tclib.training.student import Student
+from tclib.training.trainer import Student
 
 PRICES = {0: 0.06, 2: 0.08}  # by layer; such that L0 is about that of the bundled transcoders
 FRONT = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the price

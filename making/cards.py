@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from making.measure import verdicts
-from tclib.paths import data_path
+from tclib.io.paths import data_path
 
 LICENCE = "CC0 1.0 (made by this project)"
 ORIGIN = {

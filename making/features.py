@@ -11,9 +11,10 @@ import tempfile
 from pathlib import Path
 
 import tclib as tc
-from tclib import index, text
-from tclib.evaluation import latents
-from tclib.paths import data_path
+from tclib import text
+from tclib.evaluation import ground_truth
+from tclib.features import build_index, plan, save_summary, summarise
+from tclib.io.paths import data_path
 
 ROWS = 4096
 SCRATCH = Path(tempfile.gettempdir()) / "tclib-features"
@@ -22,11 +23,11 @@ SCRATCH = Path(tempfile.gettempdir()) / "tclib-features"
 def main() -> None:
     model, transcoders = tc.load_model(device="cpu"), tc.load_transcoders(device="cpu")
     labelled = text.chronicle(model, ROWS)
-    print(index.plan(model, transcoders, labelled.tokens))
-    built = index.build_index(model, transcoders, labelled.tokens, SCRATCH)
-    summary = index.summarise(built, latents.truth(labelled))
+    print(plan(model, transcoders, labelled.tokens))
+    built = build_index(model, transcoders, labelled.tokens, SCRATCH)
+    summary = summarise(built, ground_truth.truth(labelled))
     out = data_path() / "features.npz"
-    index.save_summary(summary, out)
+    save_summary(summary, out)
     print(f"{out.name}: {out.stat().st_size / 1e6:.2f} MB, {summary.about['tokens']:,} tokens")
     shutil.rmtree(SCRATCH)
 

@@ -23,8 +23,8 @@ import tclib as tc
 from making.transcoders import held_out_rows, mixed_rows
 from tclib import evaluation, targets, text, training
 from tclib.activations import hook_in, hook_out, mlp_activations
-from tclib.evaluation import controls, fronts, intervals, latents, matching
-from tclib.paths import write_whole
+from tclib.evaluation import baselines, fronts, ground_truth, matching, stats
+from tclib.io.paths import write_whole
 
 KINDS = {
     "transcoder": {},
@@ -108,9 +108,9 @@ def measure(model, students, rows: torch.Tensor, layer: int, seed: int, held_out
     x, y = acts.x[words], acts.y[words]
     d_features = students["transcoder", MIDDLE].config.d_features
     mean = activations(model, sample, layer)["neurons"].mean(0)
-    hooks = {("top-k neurons", k): controls.top_neurons(model, layer, k, mean) for k in KS}
+    hooks = {("top-k neurons", k): baselines.top_neurons(model, layer, k, mean) for k in KS}
     dictionaries = students | {
-        ("random directions", k): controls.random_directions(layer, x, y, k, d_features, seed) for k in KS
+        ("random directions", k): baselines.random_directions(layer, x, y, k, d_features, seed) for k in KS
     }
     hooks |= {name: evaluation.in_place(layer, t) for name, t in dictionaries.items()}
 
@@ -128,9 +128,9 @@ def measure(model, students, rows: torch.Tensor, layer: int, seed: int, held_out
         ]
         points.append(point.assign(text=source, layer=layer, seed=seed))
         for ours, sae in PAIRS:
-            gap = intervals.over_rows(fronts.gap(front, ours, sae, ["replicate"]), [])
+            gap = stats.over_rows(fronts.gap(front, ours, sae, ["replicate"]), [])
             gaps.append(gap.assign(text=source, layer=layer, seed=seed, ours=ours, other=sae))
-    scores = ground_truth(model, dictionaries, layer, seed, d_features)
+    scores = scored_labels(model, dictionaries, layer, seed, d_features)
     return {
         "points": records(pd.concat(points)),
         "gaps": records(pd.concat(gaps).drop(columns="metric")),
@@ -138,10 +138,10 @@ def measure(model, students, rows: torch.Tensor, layer: int, seed: int, held_out
     }
 
 
-def ground_truth(model, dictionaries, layer: int, seed: int, d_features: int) -> pd.DataFrame:
+def scored_labels(model, dictionaries, layer: int, seed: int, d_features: int) -> pd.DataFrame:
     """Every kind of unit against the generator's latents, at equal unit counts."""
     splits = [text.chronicle(model, 120, seed=s) for s in (101, 102)]
-    truth = [latents.truth(split) for split in splits]
+    truth = [ground_truth.truth(split) for split in splits]
     acts = [activations(model, split.tokens, layer) for split in splits]
     units = {
         name: [dictionaries[name, MIDDLE].encode(a["y" if name == "SAE on MLP output" else "x"]) for a in acts]
@@ -151,7 +151,7 @@ def ground_truth(model, dictionaries, layer: int, seed: int, d_features: int) ->
     units["neurons"] = [a["neurons"][:, some] for a in acts]
     tables = []
     for name, (first, second) in units.items():
-        summary = latents.score(first.numpy(), truth[0], second.numpy(), truth[1]).summary()
+        summary = ground_truth.score(first.numpy(), truth[0], second.numpy(), truth[1]).summary()
         tables.append({"name": name, "layer": layer, "seed": seed, "units": d_features, **summary})
     return pd.DataFrame(tables)
 
@@ -159,7 +159,7 @@ def ground_truth(model, dictionaries, layer: int, seed: int, d_features: int) ->
 @torch.no_grad()
 def activations(model, tokens: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
     """MLP inputs ``x``, outputs ``y`` and ``neurons`` at every token but BOS."""
-    names = {"x": hook_in(layer), "y": hook_out(layer), "neurons": controls.neuron_hook(layer)}
+    names = {"x": hook_in(layer), "y": hook_out(layer), "neurons": baselines.neuron_hook(layer)}
     parts: dict[str, list] = {name: [] for name in names}
     for rows in tokens.split(16):
         _, cache = model.run_with_cache(rows, names_filter=list(names.values()), stop_at_layer=layer + 1)

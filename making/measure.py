@@ -22,12 +22,12 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from making.export import held_out_bits
+from tclib.checkpoints import load_transcoders
 from tclib.chronicle import BACKWARD, NOUNS, SPANS, grammar, words
-from tclib.formats import load_transcoders
+from tclib.io.paths import write_whole
 from tclib.model import load_model
-from tclib.paths import write_whole
 from tclib.tasks import greater_than as gt
-from tclib.tasks import sweeps
+from tclib.tasks import unit_sweep
 from tclib.transcoder import Transcoder
 
 TRAIN_SAMPLE = 12  # nouns known to the model
@@ -185,18 +185,18 @@ def features_vs_neurons(model: TransformerBridge, prompts: gt.Prompts, layer: in
     k = FEATURES
     feature_ks = [n for n in FEATURE_KS if n <= transcoder.W_dec.shape[0]]
     neuron_ks = [n for n in NEURON_KS if n <= model.cfg.d_mlp]
-    features = sweeps.sweep(model, prompts, layer, feature_ks, transcoder)
-    neurons = sweeps.sweep(model, prompts, layer, neuron_ks)
-    chance = [sweeps.sweep(model, prompts, layer, [k], transcoder, "random", seed=seed) for seed in range(5)]
-    difference = {n: sweeps.curve(table) for n, table in (("f", features), ("n", neurons))}
+    features = unit_sweep.sweep(model, prompts, layer, feature_ks, transcoder)
+    neurons = unit_sweep.sweep(model, prompts, layer, neuron_ks)
+    chance = [unit_sweep.sweep(model, prompts, layer, [k], transcoder, "random", seed=seed) for seed in range(5)]
+    difference = {n: unit_sweep.curve(table) for n, table in (("f", features), ("n", neurons))}
     enough = difference["n"].index[difference["n"] >= difference["f"][k]]
-    share = pd.Series({n: sweeps.recovered(neurons, n) for n in difference["n"].index})
-    same_share = share.index[share >= sweeps.recovered(features, k)]
+    share = pd.Series({n: unit_sweep.recovered(neurons, n) for n in difference["n"].index})
+    same_share = share.index[share >= unit_sweep.recovered(features, k)]
     return {
         "layer": layer,
-        f"recovered_by_{k}_features": sweeps.recovered(features, k),
-        f"recovered_by_{k}_neurons": sweeps.recovered(neurons, k),
-        f"recovered_by_{k}_random_features": sum(sweeps.recovered(table, k) for table in chance) / len(chance),
+        f"recovered_by_{k}_features": unit_sweep.recovered(features, k),
+        f"recovered_by_{k}_neurons": unit_sweep.recovered(neurons, k),
+        f"recovered_by_{k}_random_features": sum(unit_sweep.recovered(table, k) for table in chance) / len(chance),
         f"neurons_with_the_difference_of_{k}_features": int(enough[0]) if len(enough) else None,
         f"neurons_with_the_recovery_of_{k}_features": int(same_share[0]) if len(same_share) else None,
         "features": {str(n): float(value) for n, value in difference["f"].items()},

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from dask.distributed import LocalCluster
 
-from tclib import sweeping
-from tclib.notebook import declared_parameters
-from tclib.sweeping.grid import expand
+from tclib.nb import declared_parameters, sweeps
+from tclib.nb.sweeps.grid import expand
 
 SEEDS = [0, 1, 2]
 TOPK = {"activation": ["topk"]}
 EACH = [
-    *sweeping.SMALL,
+    *sweeps.SMALL,
     {**TOPK, "k": [256], "d_features": [128]},  # more than there are: this one fails
     {**TOPK, "k": [16], "d_features": [128, 2048]},
     {**TOPK, "k": [4, 16, 48], "layer": [0]},
@@ -35,15 +34,15 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=1_000, help="stop after so many runs")
     options = parser.parse_args()
 
-    notebook = json.loads(sweeping.NOTEBOOK.read_text(encoding="utf-8"))
+    notebook = json.loads(sweeps.NOTEBOOK.read_text(encoding="utf-8"))
     runs = expand(LARGER, declared_parameters(notebook))
-    todo = [run for run in runs if not (options.run / sweeping.run_name(run) / "run.json").exists()]
+    todo = [run for run in runs if not (options.run / sweeps.run_name(run) / "run.json").exists()]
     if todo:
         grids = [{name: [value] for name, value in run.items()} for run in todo[: options.most]]
         with LocalCluster(n_workers=options.workers, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster:
-            sweeping.sweep(grids, options.run, cluster=cluster, progress=True)
-    results = sweeping.load_results(options.run)
-    sweeping.save_results(results, options.out)
+            sweeps.sweep(grids, options.run, cluster=cluster, progress=True)
+    results = sweeps.load_results(options.run)
+    sweeps.save_results(results, options.out)
     print(f"wrote {options.out}: {len(results.runs)} of {len(runs)} runs")
 
 

@@ -11,14 +11,14 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _FACE = {
     # notebooks
-    "Parameter": "tclib.notebook",
-    "ParameterError": "tclib.notebook",
-    "figure_defaults": "tclib.notebook",
-    "headline": "tclib.notebook",
-    "parameters": "tclib.notebook",
-    "seed_everything": "tclib.notebook",
+    "Parameter": "tclib.nb",
+    "ParameterError": "tclib.nb",
+    "figure_defaults": "tclib.nb",
+    "headline": "tclib.nb",
+    "parameters": "tclib.nb",
+    "seed_everything": "tclib.nb",
     # files
-    "data_path": "tclib.paths",
+    "data_path": "tclib.io.paths",
     # models and text
     "load_model": "tclib.model",
     "load_text": "tclib.text",
@@ -27,8 +27,8 @@ _FACE = {
     "Transcoder": "tclib.transcoder",
     "TranscoderConfig": "tclib.transcoder",
     "evaluate": "tclib.evaluation",
-    "load_transcoders": "tclib.formats",
-    "save_transcoders": "tclib.formats",
+    "load_transcoders": "tclib.checkpoints",
+    "save_transcoders": "tclib.checkpoints",
     "train": "tclib.training",
     # attribution and circuits
     "attribute": "tclib.attribution",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from tclib.frozen import check
+from tclib.linearity import check
 from tclib.sources import sources
 from tclib.targets import Target
 from tclib.tracing import Trace
@@ -50,7 +50,7 @@ def attribute(trace: Trace, target: Target) -> pd.DataFrame:
 
     Raises:
         UnbalancedError: |sum - value| > 1e-5 * sum |contribution| (1e-10 for a model in float64).
-        NotFrozenError: the model does not answer as its weights say; see `tclib.frozen.check`, run first.
+        NotFrozenError: the model does not answer as its weights say; see `tclib.linearity.check`, run first.
     """
     check(trace)
     direction, scale = target.pulled_back(trace), target.scale(trace)

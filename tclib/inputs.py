@@ -15,6 +15,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
+_CHAT_MARKERS = ("<|im_start|>", "<|im_end|>")
+
 
 def bos_id(model: TransformerBridge) -> int | None:
     """The token that stands in front of every row of text, or None if the model reads text without one.
@@ -34,6 +37,29 @@ def bos_id(model: TransformerBridge) -> int | None:
             "model.cfg.default_prepend_bos = False"
         )
     return bos
+
+
+def separate_documents(tokenizer: Any, size: int) -> str | None:
+    """Make the separator of documents a tokenizer's BOS where that is a chat marker or missing; a line that says so.
+
+    A tokenizer without a separator that is known stays as it is: `bos_id` says what to do where BOS is
+    missing.
+
+    Behind a chat marker a model expects somebody's turn; behind the separator, plain text, as in its pretraining.
+
+    Args:
+        size: of the model's vocabulary; a tokenizer may have tokens of its class behind it, which the model never saw.
+    """
+    bos = tokenizer.bos_token
+    if bos is not None and bos not in _CHAT_MARKERS:
+        return None
+    vocabulary = tokenizer.get_vocab()
+    found = [token for token in (*_SEPARATORS, tokenizer.eos_token) if vocabulary.get(token, size) < size]
+    if not found or found[0] in _CHAT_MARKERS:
+        return None
+    tokenizer.bos_token = found[0]
+    why = "the tokenizer names no BOS" if bos is None else f"the tokenizer's BOS, {bos}, marks turns of a chat"
+    return f"{found[0]} stands in front of every text, as between documents in pretraining: {why}."
 
 
 def words(model: TransformerBridge, tokens: Int[Tensor, "*any"]) -> Tensor:

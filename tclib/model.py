@@ -16,13 +16,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib import guards, hub
 from tclib.blocks import FAMILIES, check_architecture
-from tclib.gguf_model import PACKAGE, gguf_folder, origin, smollm2_folder
-from tclib.inputs import bos_id
-from tclib.memory import check_memory
-from tclib.paths import data_path
-from tclib.separator import separate_documents
+from tclib.inputs import bos_id, separate_documents
+from tclib.io import hub, safe_files
+from tclib.io.gguf_model import PACKAGE, gguf_folder, origin, smollm2_folder
+from tclib.io.memory import check_memory
+from tclib.io.paths import data_path
 
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 WELCOME = ("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json")
@@ -143,8 +142,8 @@ def layer_norms(model: TransformerBridge, layers: Sequence[int]) -> dict[int, tu
         ValueError: the model's folder is gone, or has no such layers or no such norm.
     """
     folder = Path(str(model.cfg.model_name))
-    family = FAMILIES[guards.read_json(folder / "config.json").get("model_type")]
-    found = {name: path for path in weight_files(folder) for name in guards.safetensors_shapes(path)}
+    family = FAMILIES[safe_files.read_json(folder / "config.json").get("model_type")]
+    found = {name: path for path in weight_files(folder) for name in safe_files.safetensors_shapes(path)}
     result = {}
     if family.norm is None:  # the MLP reads the stream itself
         return {layer: (torch.ones(model.cfg.d_model), torch.zeros(model.cfg.d_model)) for layer in layers}
@@ -153,7 +152,7 @@ def layer_norms(model: TransformerBridge, layers: Sequence[int]) -> dict[int, tu
         named = {part[1]: name for name in found if (part := ending.fullmatch(name))}
         if "weight" not in named:
             raise ValueError(f"{folder} has no norm before the MLP of layer {layer} on disk")
-        read = {part: guards.read_safetensors(found[name], {"t": name})["t"] for part, name in named.items()}
+        read = {part: safe_files.read_safetensors(found[name], {"t": name})["t"] for part, name in named.items()}
         gain = read["weight"] + family.offset
         result[layer] = gain, read.get("bias", torch.zeros_like(gain))
     return result
@@ -167,13 +166,13 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    listed = guards.read_json(folder / INDEX).get("weight_map")
+    listed = safe_files.read_json(folder / INDEX).get("weight_map")
     names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
     wrong = [name for name in names if not _SHARD.fullmatch(name)]
     missing = [name for name in names if not wrong and not (folder / name).is_file()]
     if wrong or missing or not names:
         reason = f"{missing[0]} is missing" if missing else "it lists no files like model-00001-of-00002.safetensors"
-        raise guards.BadFile(f"{folder / INDEX} does not fit its folder: {reason}")
+        raise safe_files.BadFile(f"{folder / INDEX} does not fit its folder: {reason}")
     return [folder / name for name in names]
 
 
@@ -186,22 +185,22 @@ def _check_present(files: set[str], where: str) -> None:
     raise ValueError(f"{where} is not a model folder: {', '.join(missing)} is missing{hint}")
 
 
-def model_shapes(folder: Path) -> dict[str, guards.Shape]:
+def model_shapes(folder: Path) -> dict[str, safe_files.Shape]:
     """Shapes of a model folder's weights, from its headers.
 
     Raises:
         ValueError: it is of no supported family, wants to run code, or is not as large as it says.
     """
     _check_present({path.name for path in folder.iterdir()}, str(folder))
-    config = guards.read_json(folder / "config.json")
+    config = safe_files.read_json(folder / "config.json")
     for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and "auto_map" in guards.read_json(folder / name):
+        if (folder / name).is_file() and "auto_map" in safe_files.read_json(folder / name):
             raise ValueError(f"{folder / name} asks to run code of its own (auto_map): it is not run")
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} brings an adapter of another model (adapter_config.json), which is not read")
     check_architecture(config, str(folder))
     files = weight_files(folder)
-    shapes = {name: shape for path in files for name, shape in guards.safetensors_shapes(path).items()}
+    shapes = {name: shape for path in files for name, shape in safe_files.safetensors_shapes(path).items()}
     keys = ("vocab_size", "hidden_size", "num_hidden_layers")
     keys = ("vocab_size", "n_embd", "n_layer") if config["model_type"] == "gpt2" else keys
     sizes = [config.get(key) for key in keys]

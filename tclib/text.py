@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.chronicle import documents
 from tclib.inputs import bos_id
-from tclib.paths import data_path, read_text
+from tclib.io.paths import data_path, read_text
 
 # Far from the seeds of the documents that the bundled model and its transcoders were trained on (0, 1, 2, ...).
 UNSEEN_SEEDS = 2_000_000
@@ -91,6 +92,11 @@ def pack(model: TransformerBridge, texts: Iterable[str], rows: int) -> Int[Tenso
                 return _rows(ids[len(first) :], rows, width, first)
     have = len(ids) // (width - len(first))
     raise ValueError(f"the text fills {have} rows of {width} tokens, but {rows} were asked for: give more text")
+
+
+def text_hash(tokens: Int[Tensor, "row pos"]) -> str:
+    """A fingerprint of a text."""
+    return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _rows(ids: list[int], rows: int, width: int, first: list[int]) -> Int[Tensor, "row pos"]:

@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib.activations import folded, hook_in, hook_out, mlp_out, norm_after, our_name
 from tclib.blocks import Block, Norm
 from tclib.inputs import check_tokens, feature_of, from_end, whole, words
-from tclib.intervene import edited
+from tclib.interventions import edited
 from tclib.model import to_tokens, token_strings
 from tclib.transcoder import Transcoder
 
@@ -38,7 +38,7 @@ class Trace:
     token_strings: list[str]
     cache: dict[str, Tensor]
     features: dict[int, Float[Tensor, "pos d_features"]]
-    tested: set = field(default_factory=set, init=False, repr=False, compare=False)  # see `tclib.frozen.check`
+    tested: set = field(default_factory=set, init=False, repr=False, compare=False)  # see `tclib.linearity.check`
     _blocks: dict[int, Block] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def position(self, position: int) -> int:

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tclib import guards, thin
+from tclib import onednn_matmul
+from tclib.io import safe_files
 
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
 
@@ -72,7 +73,7 @@ class Transcoder(nn.Module):
         """``x W_enc + b_enc``."""
         if x.shape[-1] != self.config.d_in:
             raise ValueError(f"the input has width {x.shape[-1]}, but this transcoder reads {self.config.d_in}")
-        return thin.product(x, self.W_enc) + self.b_enc
+        return onednn_matmul.product(x, self.W_enc) + self.b_enc
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_features"]:
         """Feature activations z, all >= 0 (equation 1; TopK: Gao et al. 2024; JumpReLU: Rajamanoharan et al. 2024)."""
@@ -137,7 +138,7 @@ class Transcoder(nn.Module):
         """
         weights, _ = _files(stem)
         config = read_config(weights)
-        tensors = guards.read_safetensors(weights, {name: name for name in expected_shapes(config)})
+        tensors = safe_files.read_safetensors(weights, {name: name for name in expected_shapes(config)})
         return cls.of(config, tensors, device, torch.float32)
 
     @classmethod
@@ -162,8 +163,8 @@ def expected_shapes(config: TranscoderConfig) -> dict[str, tuple[int, ...]]:
 
 def read_config(weights: Path) -> TranscoderConfig:
     """The configuration beside a file of weights, once the sizes in the file's header have been found to fit it."""
-    config = guards.parsed(weights, TranscoderConfig, guards.read_json(_files(weights)[1]))
-    guards.check_shapes(weights, guards.safetensors_shapes(weights), expected_shapes(config))
+    config = safe_files.parsed(weights, TranscoderConfig, safe_files.read_json(_files(weights)[1]))
+    safe_files.check_shapes(weights, safe_files.safetensors_shapes(weights), expected_shapes(config))
     return config
 
 

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tclib as tc
 from tclib.activations import mlp_activations
-from tclib.paths import data_path
+from tclib.io.paths import data_path
 from tests import foreign
 from tests.conftest import REPO
 

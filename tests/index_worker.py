@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tclib.index import build
+from tclib.features import build
 from tests.tiny import make_model, make_transcoder
 
 

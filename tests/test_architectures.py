@@ -9,7 +9,7 @@ from pydantic import ValidationError
 import tclib as tc
 from tclib import evaluation
 from tclib.training import architectures
-from tclib.training.student import Student
+from tclib.training.trainer import Student
 from tests.tiny import make_transcoder
 
 SMALL = tc.TrainConfig(d_features=64, steps=60, rows=8, lr=3e-3, l1=0.01)

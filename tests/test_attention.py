@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tclib as tc
-from tclib import attention, attribution, frozen, intervene, targets
+from tclib import attribution, interventions, linearity, targets
+from tclib.circuits import attention
 from tclib.model import load_model
 from tests.tiny import make_model, make_transcoder
 
@@ -169,11 +170,11 @@ def test_a_removal_is_what_the_model_does(models, which, side):
             return value
 
         # Values held too: the head reaches the target on its direct path alone.
-        hooks = frozen.freeze(trace) + intervene.hold(trace.cache, ["values"])
+        hooks = linearity.freeze(trace) + interventions.hold(trace.cache, ["values"])
         hooks.append((f"blocks.{layer}.attn.hook_pattern", look_elsewhere))
         seen = {}
         name = f"blocks.2.hook_resid_{'pre' if trace.parallel else 'mid'}"
-        intervene.run(
+        interventions.run(
             trace.model, trace.tokens[None], [*hooks, (name, lambda v, hook, seen=seen: seen.update(r=v[0, -1]))]
         )
         after = seen["r"] @ target.pulled_back(trace) + target.norm_bias(trace) + target.bias

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tclib as tc
-from tclib import attribution, connections, frozen, targets
+from tclib import attribution, connections, linearity, targets
 from tests.tiny import make_model, make_transcoder
 
 ARCHITECTURES = [
@@ -82,7 +82,7 @@ def test_contributions_sum_to_the_target_and_autograd_agrees(
     table = tc.attribute(trace, target)  # raises UnbalancedError otherwise
     size = table["contribution"].abs().sum()
     assert table["contribution"].sum() == pytest.approx(target.value(trace), abs=1e-5 * size)
-    again = frozen.by_autograd(trace, target, table)
+    again = linearity.by_autograd(trace, target, table)
     assert again.to_numpy() == pytest.approx(table["contribution"].to_numpy(float), abs=1e-5 * size)
 
 
@@ -94,7 +94,7 @@ def test_float64_balances_to_1e_minus_10(models64, which, architecture, seed, po
     table = tc.attribute(trace, target)
     gap = abs(table["contribution"].sum() - target.value(trace))
     assert gap <= 1e-10 * table["contribution"].abs().sum()
-    assert frozen.self_test(trace) < 1e-10
+    assert linearity.self_test(trace) < 1e-10
 
 
 @settings(max_examples=20, deadline=None)
@@ -136,16 +136,18 @@ def test_names_say_what_is_special(models):
 
 def test_a_freeze_that_does_not_hold_is_noticed(models):
     trace = make_trace(models, 1, 0, seed=1)
-    assert frozen.self_test(trace) < 1e-4
+    assert linearity.self_test(trace) < 1e-4
     # Somebody's forgotten hook makes the model another one than its weights say.
     with trace.model.hooks(fwd_hooks=[("blocks.0.hook_attn_out", lambda value, hook: value * 1.1)]):
-        with pytest.raises(frozen.NotFrozenError, match="without other edits"):
+        with pytest.raises(linearity.NotFrozenError, match="without other edits"):
             tc.attribute(trace, targets.logit(trace, "w3"))
 
 
 def test_the_self_test_runs_once_per_trace_and_again_when_the_model_was_edited(models, monkeypatch):
     trace, runs = make_trace(models, 1, 0, seed=1), []
-    monkeypatch.setattr(frozen, "propagate", lambda *given, whole=frozen.propagate: runs.append(1) or whole(*given))
+    monkeypatch.setattr(
+        linearity, "propagate", lambda *given, whole=linearity.propagate: runs.append(1) or whole(*given)
+    )
     target = targets.logit(trace, "w3")
     for _ in range(3):
         tc.attribute(trace, target)
@@ -159,7 +161,7 @@ def test_the_self_test_runs_once_per_trace_and_again_when_the_model_was_edited(m
     with torch.no_grad():
         weight *= 1.5
     try:
-        with pytest.raises(frozen.NotFrozenError, match="without other edits"):
+        with pytest.raises(linearity.NotFrozenError, match="without other edits"):
             tc.attribute(trace, target)
     finally:
         with torch.no_grad():

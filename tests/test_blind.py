@@ -15,12 +15,13 @@ import making.blind
 import tclib as tc
 from tclib import targets
 from tclib.activations import hook_in, mlp_activations
-from tclib.blind import cases, comparison, rules, sealed, widget
-from tclib.circuits import best_first
-from tclib.evaluation import controls
-from tclib.prompt_graph import prompt_graph
-from tclib.tasks import published
+from tclib.blind import rating, rules, sealed
+from tclib.circuits.one_step import prompt_graph
+from tclib.circuits.path_search import best_first
+from tclib.evaluation import baselines
+from tclib.tasks import case_studies, published
 from tclib.text import LabelledText
+from tclib.ui import blind_game
 from tests.tiny import make_model
 
 TOKENS = np.array([["\n", " a", " b", " c", " a", "12"], ["\n", " b", " b", " a", "34", ";"]], dtype=object)
@@ -181,7 +182,7 @@ def fitted(model, d_features: int) -> dict[int, tc.Transcoder]:
     layers = range(model.cfg.n_layers)
     acts = next(mlp_activations(model, random_tokens(model, 100), layers, batch_size=100))
     flat = {layer: (a.x.flatten(0, 1), a.y.flatten(0, 1)) for layer, a in acts.items()}
-    return {layer: controls.random_directions(layer, x, y, 12, d_features) for layer, (x, y) in flat.items()}
+    return {layer: baselines.random_directions(layer, x, y, 12, d_features) for layer, (x, y) in flat.items()}
 
 
 @pytest.fixture(scope="module")
@@ -328,35 +329,35 @@ def sources(seed: int = 0) -> tuple[rules.Words, dict[str, np.ndarray]]:
 
 def test_a_deck_hides_its_sources_and_their_scale():
     text, acts = sources()
-    items, key = comparison.deck(text, acts, each=10, seed=1)
+    items, key = rating.deck(text, acts, each=10, seed=1)
     assert len(items) == 30 and key["source"].value_counts().eq(10).all()
     assert key["source"].tolist() != sorted(key["source"])
-    scaled, same_key = comparison.deck(text, {name: 1000 * z for name, z in acts.items()}, each=10, seed=1)
+    scaled, same_key = rating.deck(text, {name: 1000 * z for name, z in acts.items()}, each=10, seed=1)
     assert scaled == items and same_key.equals(key)
     for item in items:
-        assert {step for row in item.steps for step in row} <= set(range(comparison.STEPS + 1))
-        assert max(map(max, item.steps)) == comparison.STEPS
+        assert {step for row in item.steps for step in row} <= set(range(rating.STEPS + 1))
+        assert max(map(max, item.steps)) == rating.STEPS
         assert not any(name in item.html() for name in acts)
 
 
 def test_a_deck_needs_enough_live_units():
     text, acts = sources()
     with pytest.raises(ValueError, match="SAE has 0 live units"):
-        comparison.deck(text, acts | {"SAE": 0 * acts["SAE"]}, each=10)
+        rating.deck(text, acts | {"SAE": 0 * acts["SAE"]}, each=10)
     with pytest.raises(ValueError, match="activations have shape"):
-        comparison.deck(text, {"SAE": acts["SAE"][:3]}, each=10)
+        rating.deck(text, {"SAE": acts["SAE"][:3]}, each=10)
 
 
 def test_nobody_has_rated_until_somebody_has(tmp_path):
     text, acts = sources()
-    items, key = comparison.deck(text, acts, each=5)
-    sheet = comparison.blank(items, "anna")
-    empty = comparison.summary(sheet, key)
+    items, key = rating.deck(text, acts, each=5)
+    sheet = rating.blank(items, "anna")
+    empty = rating.summary(sheet, key)
     assert (empty[["share", "low", "high"]] == "not rated").all(axis=None) and (empty["not rated"] == 5).all()
     mine = key.index[key["source"] == "SAE"][:4]
     sheet.loc[mine, "rating"] = ["interpretable", "interpretable", "maybe", "not"]
-    comparison.write_ratings(sheet, tmp_path / "r.csv")
-    table = comparison.summary(comparison.read_ratings(tmp_path / "r.csv"), key)
+    rating.write_ratings(sheet, tmp_path / "r.csv")
+    table = rating.summary(rating.read_ratings(tmp_path / "r.csv"), key)
     assert table.loc["SAE", ["interpretable", "maybe", "not", "not rated"]].tolist() == [2, 1, 1, 1]
     assert table.loc["SAE", "share"] == 0.5 and table.loc["neurons", "share"] == "not rated"
 
@@ -373,19 +374,19 @@ def test_nobody_has_rated_until_somebody_has(tmp_path):
 def test_a_damaged_sheet_is_refused(tmp_path, text, message):
     (tmp_path / "r.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        comparison.read_ratings(tmp_path / "r.csv")
+        rating.read_ratings(tmp_path / "r.csv")
 
 
 def test_wilson_of_the_published_counts():
-    assert comparison.wilson(41, 50) == pytest.approx((0.82, 0.6920, 0.9023), abs=1e-4)
+    assert rating.wilson(41, 50) == pytest.approx((0.82, 0.6920, 0.9023), abs=1e-4)
     for wrong in [(1, 0), (3, 2), (-1, 5)]:
         with pytest.raises(ValueError, match="is no share"):
-            comparison.wilson(*wrong)
+            rating.wilson(*wrong)
 
 
 @given(st.integers(1, 1000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_stays_within_bounds(pair):
-    share, low, high = comparison.wilson(*pair)
+    share, low, high = rating.wilson(*pair)
     assert -1e-12 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 + 1e-12 and low < high
 
 
@@ -396,32 +397,32 @@ def raters(table: dict[tuple[str, str], int]) -> tuple[pd.Series, pd.Series]:
 
 def test_kappa_of_a_known_table():
     a, b = raters({("maybe", "maybe"): 20, ("maybe", "not"): 5, ("not", "maybe"): 10, ("not", "not"): 15})
-    found = comparison.kappa(a, b)
+    found = rating.kappa(a, b)
     assert found["kappa"] == pytest.approx(0.4) and found["agreement"] == pytest.approx(0.7)
     assert found["chance"] == pytest.approx(0.5) and found["low"] < 0.4 < found["high"] and found["items"] == 50
-    assert comparison.kappa(b, a)["kappa"] == pytest.approx(0.4)
+    assert rating.kappa(b, a)["kappa"] == pytest.approx(0.4)
 
 
 def test_kappa_at_its_ends():
     a, b = raters({("maybe", "maybe"): 5, ("not", "not"): 5})
-    assert comparison.kappa(a, b)["kappa"] == 1 and comparison.kappa(a, b)["low"] == 1
+    assert rating.kappa(a, b)["kappa"] == 1 and rating.kappa(a, b)["low"] == 1
     opposite, _ = raters({("not", "maybe"): 5, ("maybe", "not"): 5})
-    assert comparison.kappa(a, opposite)["kappa"] == -1
+    assert rating.kappa(a, opposite)["kappa"] == -1
     always = pd.Series(["not"] * 4)
-    assert np.isnan(comparison.kappa(always, always)["kappa"])
+    assert np.isnan(rating.kappa(always, always)["kappa"])
 
 
 def test_kappa_counts_what_both_have_rated():
     a, b = raters({("maybe", "maybe"): 3, ("not", "not rated"): 4, ("not", "maybe"): 2})
-    assert comparison.kappa(a, b)["items"] == 5
+    assert rating.kappa(a, b)["items"] == 5
     with pytest.raises(ValueError, match="rated by both"):
-        comparison.kappa(a, pd.Series(["not rated"] * len(a)))
+        rating.kappa(a, pd.Series(["not rated"] * len(a)))
 
 
 def test_the_game_is_played_by_setting_values(world, seal):
     model, _, text, z = world
     seal, index = seal
-    game = widget.Game(seal, rules.words(model, text), z[:, :, index])
+    game = blind_game.Game(seal, rules.words(model, text), z[:, :, index])
     game.reveal.value = True
     assert "run this notebook" in game._repr_mimebundle_()["text/plain"]
     assert "commit a hypothesis first" in game.message.value and not game.reveal.value and not seal.broken
@@ -439,20 +440,20 @@ def test_the_game_is_played_by_setting_values(world, seal):
 
 def test_ratings_are_kept_at_once_and_found_again(tmp_path):
     text, acts = sources()
-    items, _ = comparison.deck(text, acts, each=2)
-    first = widget.Rating(items, tmp_path / "r.csv", "anna")
+    items, _ = rating.deck(text, acts, each=2)
+    first = blind_game.Rating(items, tmp_path / "r.csv", "anna")
     assert not (tmp_path / "r.csv").exists()  # looking is not rating
     first.rating.value = "maybe"
     first.number.value = 3
     assert first.rating.value == "not rated" and first.text.value == items[2].html()
     first.rating.value, first.context_free.value = "not", "yes"
     assert first.done.value == "2 of 6 rated"
-    kept = comparison.read_ratings(tmp_path / "r.csv")
+    kept = rating.read_ratings(tmp_path / "r.csv")
     assert kept["rating"].tolist() == ["maybe", "not rated", "not", "not rated", "not rated", "not rated"]
-    again = widget.Rating(items, tmp_path / "r.csv", "anna")
+    again = blind_game.Rating(items, tmp_path / "r.csv", "anna")
     assert again.rating.value == "maybe" and again.done.value == "2 of 6 rated"
     with pytest.raises(ValueError, match="another rater"):
-        widget.Rating(items, tmp_path / "r.csv", "bert")
+        blind_game.Rating(items, tmp_path / "r.csv", "bert")
 
 
 def test_activation_is_that_of_a_trace(world):
@@ -460,29 +461,29 @@ def test_activation_is_that_of_a_trace(world):
     prompt = text.tokens[0]
     traced = tc.trace(model, transcoders, prompt, check_fit=False)
     index = int(traced.features[LAYER][5].argmax())
-    ours = cases.activation(model, transcoders, prompt, LAYER, index, position=5)
+    ours = case_studies.activation(model, transcoders, prompt, LAYER, index, position=5)
     assert ours == pytest.approx(traced.features[LAYER][5, index].item(), rel=1e-4)
-    replaced = cases.activation(model, transcoders, prompt, LAYER, index, position=5, replaced=range(LAYER))
+    replaced = case_studies.activation(model, transcoders, prompt, LAYER, index, position=5, replaced=range(LAYER))
     assert replaced != pytest.approx(ours)
 
 
 def test_patching_a_prompt_into_itself_changes_nothing(world):
     model, transcoders, text, _ = world
     one, other = text.tokens[0], text.tokens[1]
-    nothing = cases.patches(model, transcoders, one, one, LAYER, 3, position=4)
+    nothing = case_studies.patches(model, transcoders, one, one, LAYER, 3, position=4)
     assert nothing[["keys_and_values", "values"]].abs().max(axis=None) < 1e-4
     assert len(nothing) == (LAYER + 1) * model.cfg.n_heads
-    something = cases.patches(model, transcoders, one, other, LAYER, 3, position=4, heads=[(1, 2)])
+    something = case_studies.patches(model, transcoders, one, other, LAYER, 3, position=4, heads=[(1, 2)])
     assert something[["keys_and_values", "values"]].abs().min(axis=None) > 1e-4
     with pytest.raises(ValueError, match="one length"):
-        cases.patches(model, transcoders, one, other[:-1], LAYER, 3, position=4)
+        case_studies.patches(model, transcoders, one, other[:-1], LAYER, 3, position=4)
 
 
 def test_values_alone_are_what_attribution_predicts(world):
     """With the pattern as it is, the change of a last-layer head's output is linear in its value."""
     model, transcoders, text, _ = world
     one, other = text.tokens[0], text.tokens[1]
-    table = cases.patches(model, transcoders, one, other, LAYER, 3, position=4, heads=[(LAYER, 1)])
+    table = case_studies.patches(model, transcoders, one, other, LAYER, 3, position=4, heads=[(LAYER, 1)])
     traces = [tc.trace(model, transcoders, prompt, check_fit=False) for prompt in (one, other)]
     reads = targets.feature(traces[0], LAYER, 3)
     change = traces[1].cache[f"blocks.{LAYER}.attn.hook_v"][4, 1] - traces[0].cache[f"blocks.{LAYER}.attn.hook_v"][4, 1]
@@ -495,7 +496,7 @@ def test_values_alone_are_what_attribution_predicts(world):
 def test_the_published_cases_fill_the_ledger(tmp_path):
     """On a random model of the right depth: every number has its place among the published ones."""
     model = make_model(tmp_path, layers=9, d_model=48, heads=12)
-    numbers = cases.published_cases(model, fitted(model, 400))
+    numbers = case_studies.published_cases(model, fitted(model, 400))
     assert all(np.isfinite(value) for value in numbers.values())
     entries = sorted({key.split("/")[0] for key in numbers})
     table = published.ledger(entries, on_gpt2=numbers)

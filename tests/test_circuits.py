@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 import tclib as tc
 from tclib import targets
 from tclib.attribution import UnbalancedError
-from tclib.bounds import suffix_bounds
-from tclib.circuits import Only, best_first, greedy
-from tclib.explore import difference, figure, files, layout, page
-from tclib.graph import build_graph
-from tclib.merging import check_flows, merge
-from tclib.prompt_graph import Node, prompt_graph
-from tclib.pruning import to_networkx
+from tclib.circuits import difference, drawing, graph_files, layout
+from tclib.circuits.graph import build_graph
+from tclib.circuits.one_step import Node, prompt_graph
+from tclib.circuits.path_bounds import suffix_bounds
+from tclib.circuits.path_graph import check_flows, merge
+from tclib.circuits.path_search import Only, best_first, greedy
+from tclib.circuits.pruning import to_networkx
+from tclib.ui import circuit_page
 from tests.tiny import make_model, make_transcoder
 
 ARCHITECTURES = [
@@ -305,7 +306,7 @@ def test_the_figure_draws_the_largest_nodes_apart_from_each_other(circuit):
     for source, reader in circuit.edges:  # time runs upwards
         if {source, reader} <= plan.places.keys():
             assert plan.places[source][1] < plan.places[reader][1]
-    ax = figure.circuit_figure(circuit, "a title", 30)
+    ax = drawing.circuit_figure(circuit, "a title", 30)
     assert ax.get_title() == "a title" and len(ax.texts) >= len(plan.places)
     plt.close(ax.figure)
     with pytest.raises(ValueError, match="at least 1"):
@@ -313,7 +314,7 @@ def test_the_figure_draws_the_largest_nodes_apart_from_each_other(circuit):
 
 
 def test_the_page_needs_no_scripts_and_no_network(circuit, tmp_path):
-    page.save_page(circuit, tmp_path / "circuit.html", "<a & b>")
+    circuit_page.save_page(circuit, tmp_path / "circuit.html", "<a & b>")
     text = (tmp_path / "circuit.html").read_text(encoding="utf-8")
     tags = []
     parser = html.parser.HTMLParser()
@@ -322,31 +323,31 @@ def test_the_page_needs_no_scripts_and_no_network(circuit, tmp_path):
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in tags}
     assert not any(name.startswith("on") or name in ("href", "src") for _, given in tags for name in given)
     assert "<a & b>" not in text and "&lt;a &amp; b&gt;" in text
-    ElementTree.fromstring(page.circuit_svg(circuit))
-    tree = page.circuit_tree(circuit, top=20, depth=2)
+    ElementTree.fromstring(circuit_page.circuit_svg(circuit))
+    tree = circuit_page.circuit_tree(circuit, top=20, depth=2)
     assert tree.count("<details") == tree.count("</details>") > 1 and "other sources" in tree
     with pytest.raises(ValueError, match="no node of kind 'target'"):
-        page.circuit_tree(nx.DiGraph())
+        circuit_page.circuit_tree(nx.DiGraph())
 
 
 @pytest.mark.parametrize("ending", [".graphml", ".json"])
 def test_files_keep_everything(circuit, tmp_path, ending):
     path = tmp_path / f"circuit{ending}"
-    files.save_graph(circuit, path)
-    back = files.load_graph(path)
+    graph_files.save_graph(circuit, path)
+    back = graph_files.load_graph(path)
     assert dict(back.nodes(data=True)) == dict(circuit.nodes(data=True))
     assert {e: back.edges[e]["weight"] for e in back.edges} == {e: circuit.edges[e]["weight"] for e in circuit.edges}
     assert back.graph["tokens"] == circuit.graph["tokens"]
     path.write_text(path.read_text(encoding="utf-8")[:-40], encoding="utf-8")
     with pytest.raises(ValueError, match="damaged"):
-        files.load_graph(path)
+        graph_files.load_graph(path)
 
 
 def test_other_file_endings_are_refused(circuit, tmp_path):
     with pytest.raises(ValueError, match="neither .graphml nor .json"):
-        files.save_graph(circuit, tmp_path / "circuit.pkl")
+        graph_files.save_graph(circuit, tmp_path / "circuit.pkl")
     with pytest.raises(ValueError, match="neither .graphml nor .json"):
-        files.load_graph(tmp_path / "circuit.pkl")
+        graph_files.load_graph(tmp_path / "circuit.pkl")
 
 
 def test_a_diff_accounts_for_the_change_of_the_target(models):
@@ -371,6 +372,6 @@ def test_all_paths_graphs_are_drawn_too(models):
     circuit = layout.from_graph(to_networkx(graph))
     assert len(circuit) == len(graph.nodes)
     assert circuit.number_of_edges() == int((graph.adjacency != 0).sum())
-    ElementTree.fromstring(page.circuit_svg(circuit, 20))
-    ax = figure.circuit_figure(circuit, "all paths", 20)
+    ElementTree.fromstring(circuit_page.circuit_svg(circuit, 20))
+    ax = drawing.circuit_figure(circuit, "all paths", 20)
     plt.close(ax.figure)

@@ -21,8 +21,8 @@ from tclib.cli import bootstrap, commands, serve, teach
 from tclib.cli import run as run_module
 from tclib.cli.run import declared_names, literal, run, select, typed
 from tclib.cli.sweep import with_axes
-from tclib.notebook import find_headline
-from tclib.teaching import report  # noqa: F401  before a test gives up the right to read its imports
+from tclib.nb import find_headline
+from tclib.nb.teaching import report  # noqa: F401  before a test gives up the right to read its imports
 from tests.conftest import notebook_dict
 
 REPO = Path(bootstrap.REPO)

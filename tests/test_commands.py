@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from tclib.cli import bootstrap, grade, run, sweep, teach
-from tclib.notebook import declared_parameters
-from tclib.sweeping import NOTEBOOK
-from tclib.sweeping.grid import expand
+from tclib.nb import declared_parameters
+from tclib.nb.sweeps import NOTEBOOK
+from tclib.nb.sweeps.grid import expand
 from tests.conftest import COMMITTED, REPO
 from tools import address
 

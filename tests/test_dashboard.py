@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import tclib as tc
-from tclib import connections, dashboard, index, targets
-from tclib.dashboard import contents, interactive, page
-from tclib.index import connect, read, search
+from tclib import connections, targets
+from tclib.features import build_index, connect, dashboard, dashboard_figure, feature_activations, search
 from tclib.transcoder import TranscoderConfig
+from tclib.ui import circuitsvis_views, dashboard_page
 from tests.tiny import make_model, make_transcoder
 
 SILENT = 6
@@ -43,7 +43,7 @@ def transcoders():
 def built(model, transcoders, tmp_path_factory):
     tokens = torch.randint(0, 40, (24, 16), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 40
-    return index.build_index(model, transcoders, tokens, tmp_path_factory.mktemp("index") / "all")
+    return build_index(model, transcoders, tokens, tmp_path_factory.mktemp("index") / "all")
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,8 @@ class Reader(HTMLParser):
 
 def test_its_numbers_are_those_of_the_functions_it_stands_on(model, transcoders, built, truth, feature, made):
     s = made.statistics
-    assert s["count"] == read.count(built, 1, feature) and s["frequency"] == s["count"] / built.n_tokens
-    assert s["max"] == read.top(built, 1, feature, 1)["activation"][0] and s["live"]
+    assert s["count"] == feature_activations.count(built, 1, feature) and s["frequency"] == s["count"] / built.n_tokens
+    assert s["max"] == feature_activations.top(built, 1, feature, 1)["activation"][0] and s["live"]
     trace = tc.trace(model, transcoders, "w1 w2 w3", check_fit=False)
     target = targets.feature(trace, 1, feature, 2)
     pd.testing.assert_series_equal(made.logit_lens, connections.logit_lens(trace, 1, feature))
@@ -119,7 +119,7 @@ def test_examples_cover_the_range(built, made, feature):
 
 def test_the_page_is_whole_and_self_contained(made, tmp_path):
     path = tmp_path / "feature.html"
-    dashboard.save_dashboard(made, path)
+    dashboard_page.save_dashboard(made, path)
     found = Reader(path.read_text(encoding="utf-8"))
     names = {tag for tag, _ in found.tags}
     assert not names & {"script", "link", "iframe", "style"}
@@ -133,20 +133,20 @@ def test_the_page_is_whole_and_self_contained(made, tmp_path):
 
 
 def test_the_same_page_twice(made):
-    assert dashboard.dashboard_html(made) == dashboard.dashboard_html(made)
+    assert dashboard_page.dashboard_html(made) == dashboard_page.dashboard_html(made)
 
 
 def test_a_feature_that_never_fired_has_a_page(model, transcoders, built, truth):
     d = dashboard.collect(model, transcoders, built, 1, SILENT, truth)
     assert d.statistics["count"] == 0 and not d.examples and d.latents is None
-    assert "never fired on 360 tokens" in dashboard.dashboard_html(d)
+    assert "never fired on 360 tokens" in dashboard_page.dashboard_html(d)
     first = dashboard.collect(model, transcoders, built, 0, 0)
-    assert first.incoming.empty and "tokens" in dashboard.dashboard_html(first)
+    assert first.incoming.empty and "tokens" in dashboard_page.dashboard_html(first)
     plt.close("all")
 
 
 def test_export_links_pages_and_lists_every_feature(model, transcoders, built, truth, feature, tmp_path):
-    listing = dashboard.export(model, transcoders, built, 1, [feature, SILENT], tmp_path / "pages", truth)
+    listing = dashboard_page.export(model, transcoders, built, 1, [feature, SILENT], tmp_path / "pages", truth)
     found = Reader(listing.read_text(encoding="utf-8"))
     links = [attributes["href"] for tag, attributes in found.tags if tag == "a"]
     assert sorted(links) == sorted(f"layer_1_feature_{f}.html" for f in (feature, SILENT))
@@ -154,27 +154,27 @@ def test_export_links_pages_and_lists_every_feature(model, transcoders, built, t
         assert 'href="layer_1.html"' in (listing.parent / link).read_text(encoding="utf-8")
     assert sum(tag == "tr" for tag, _ in found.tags) == 64 + 1
     table = search.statistics(built, 1)
-    assert f"{(table['frequency'] > contents.LIVE).sum()} of 64 features" in "".join(found.words)
+    assert f"{(table['frequency'] > dashboard.LIVE).sum()} of 64 features" in "".join(found.words)
 
 
 def test_the_listing_names_the_commonest_token(model, built, feature):
-    commonest = page._commonest(model, built, 1)
+    commonest = dashboard_page._commonest(model, built, 1)
     for f in (feature, 0, 1):
-        token = int(read.top_tokens(built, 1, f, 1)["token"][0])
+        token = int(feature_activations.top_tokens(built, 1, f, 1)["token"][0])
         assert commonest[f] == repr(model.tokenizer.decode([token]))
     assert commonest[SILENT] == ""
 
 
 def test_tokens_cannot_break_out(made):
     evil = "</div><script>alert('$x$')</script>"
-    hostile = contents.Example(1, 0.0, 1.0, 0, 0, [evil], np.array([1.0], np.float32))
+    hostile = dashboard.Example(1, 0.0, 1.0, 0, 0, [evil], np.array([1.0], np.float32))
     renamed = made.logit_lens.rename({made.logit_lens.index[0]: evil})
-    d = contents.Dashboard(**{**made.__dict__, "examples": [hostile], "logit_lens": renamed})
-    found = Reader(dashboard.dashboard_html(d, with_figure=False))
+    d = dashboard.Dashboard(**{**made.__dict__, "examples": [hostile], "logit_lens": renamed})
+    found = Reader(dashboard_page.dashboard_html(d, with_figure=False))
     assert "script" not in {tag for tag, _ in found.tags} and evil in "".join(found.words)
-    dashboard.figure(d).canvas.draw()  # nor mathematics in the figure
+    dashboard_figure.figure(d).canvas.draw()  # nor mathematics in the figure
     plt.close("all")
-    assert Reader(interactive.coloured_tokens([evil], [1.0]).text).tags.count(("script", {})) == 1
+    assert Reader(circuitsvis_views.coloured_tokens([evil], [1.0]).text).tags.count(("script", {})) == 1
 
 
 def test_bad_input_gets_one_sentence(model, transcoders, built):
@@ -205,24 +205,24 @@ def test_neuronpedia_only_where_there_is_a_page():
 
 
 def test_views_are_small_repeatable_and_static_first():
-    view = dashboard.coloured_tokens(["a", " b"], [0.0, 1.25])
-    assert view.text == dashboard.coloured_tokens(["a", " b"], [0.0, 1.25]).text
-    assert view.text != dashboard.coloured_tokens(["a", " b"], [0.0, 1.5]).text
+    view = circuitsvis_views.coloured_tokens(["a", " b"], [0.0, 1.25])
+    assert view.text == circuitsvis_views.coloured_tokens(["a", " b"], [0.0, 1.25]).text
+    assert view.text != circuitsvis_views.coloured_tokens(["a", " b"], [0.0, 1.5]).text
     assert len(view.text) < 2000 and "rgba(230" in view.text and view._repr_html_() == view.text
     assert "http" not in view.text.replace("http://www.w3.org", "")
     patterns = np.tril(np.ones((3, 4, 4)))
-    heads = dashboard.attention_heads(patterns, list("abcd"), ["0.0", "0.1", "0.2"])
-    assert heads.text == dashboard.attention_heads(patterns, list("abcd"), ["0.0", "0.1", "0.2"]).text
+    heads = circuitsvis_views.attention_heads(patterns, list("abcd"), ["0.0", "0.1", "0.2"])
+    assert heads.text == circuitsvis_views.attention_heads(patterns, list("abcd"), ["0.0", "0.1", "0.2"]).text
     assert heads.text.index("data:image/png") < heads.text.index("<script>")
     with pytest.raises(ValueError, match="patterns of shape"):
-        dashboard.attention_heads(patterns, list("abc"), ["0.0", "0.1", "0.2"])
+        circuitsvis_views.attention_heads(patterns, list("abc"), ["0.0", "0.1", "0.2"])
     with pytest.raises(ValueError, match="2 tokens but 1"):
-        dashboard.coloured_tokens(["a", "b"], [1.0])
+        circuitsvis_views.coloured_tokens(["a", "b"], [1.0])
 
 
 def test_the_bundle_holds_circuitsvis_once_and_fits_a_notebook():
-    text = dashboard.bundle().text
-    assert len(text) < 600_000 and text == dashboard.bundle().text
+    text = circuitsvis_views.bundle().text
+    assert len(text) < 600_000 and text == circuitsvis_views.bundle().text
     code = gzip.decompress(base64.b64decode(re.search(r'atob\("([^"]+)"\)', text)[1])).decode()
     assert code.lstrip().startswith('"use strict";var CircuitsVis=')
 
@@ -231,10 +231,10 @@ def test_the_bundle_holds_circuitsvis_once_and_fits_a_notebook():
 def test_the_bundle_and_the_views_run():
     """In node, with a document that only remembers: the code unpacks, and each view calls what is really in it."""
     views = [
-        dashboard.coloured_tokens(["a", "</script>"], [0.0, 1.0]),
-        dashboard.attention_heads(np.tril(np.ones((2, 2, 2))), ["a", "b"], ["0.0", "0.1"]),
+        circuitsvis_views.coloured_tokens(["a", "</script>"], [0.0, 1.0]),
+        circuitsvis_views.attention_heads(np.tril(np.ones((2, 2, 2))), ["a", "b"], ["0.0", "0.1"]),
     ]
-    scripts = [re.search(r"<script>(.*)</script>", v.text, re.DOTALL)[1] for v in [dashboard.bundle(), *views]]
+    scripts = [re.search(r"<script>(.*)</script>", v.text, re.DOTALL)[1] for v in [circuitsvis_views.bundle(), *views]]
     program = """
         const place = { replaceChildren() { place.cleared = true; } };
         globalThis.document = {

@@ -3,11 +3,16 @@
 import re
 
 import tclib as tc
-from tclib import attribution, connections, evaluation, factorisation, frozen, intervene, targets
+from tclib import attribution, connections, evaluation, factorisation, interventions, linearity, targets
 from tests.conftest import REPO
 from tests.tiny import make_model, make_transcoder
+from tools import library_map
 
 PAGE = (REPO / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+def test_the_map_is_fresh():
+    assert PAGE == library_map.fresh_page(), "run: python tools/library_map.py"
 
 
 def test_every_public_name_is_on_the_page_and_exists():
@@ -29,7 +34,7 @@ def test_table_columns_are_on_the_page(tmp_path):
 def test_functions_on_the_page_exist():
     for module, names in {
         targets: ("feature", "logit", "logit_difference", "head_source", "direction"),
-        intervene: ("run", "replace_mlp", "reencode_input", "ablate_mlp", "ablate_head", "keep_features"),
+        interventions: ("run", "replace_mlp", "reencode_input", "ablate_mlp", "ablate_head", "keep_features"),
         connections: (
             "pullback",
             "de_embed",
@@ -40,7 +45,7 @@ def test_functions_on_the_page_exist():
             "overlap",
         ),
         factorisation: ("by_features", "by_neurons", "by_sae", "terms_holding"),
-        frozen: ("self_test", "by_autograd", "freeze", "propagate"),
+        linearity: ("self_test", "by_autograd", "freeze", "propagate"),
     }.items():
         for name in names:
             assert name in PAGE and callable(getattr(module, name))

@@ -12,11 +12,11 @@ import sys
 import pytest
 
 import tclib as tc
-from tclib.blind import comparison
+from tclib.blind import rating
+from tclib.circuits.graph_files import load_graph
 from tclib.cli import sweep
-from tclib.explore.files import load_graph
-from tclib.guards import read_json
-from tclib.paths import read_text
+from tclib.io.paths import read_text
+from tclib.io.safe_files import read_json
 from tclib.tasks import greater_than as gt
 from tests.conftest import REPO
 
@@ -27,11 +27,13 @@ import json, sys
 from pathlib import Path
 import networkx as nx, torch
 import tclib as tc
-from tclib import evaluation, explore, graph, index, targets, training
-from tclib.explore.files import load_graph, save_graph
-from tclib.explore.page import save_page
-from tclib.formats import save_graph_json
-from tclib.training.files import RunFolder
+from tclib import evaluation, targets, training
+from tclib.circuits import graph
+from tclib.circuits.graph_files import load_graph, save_graph
+from tclib.circuits.neuronpedia import save_graph_json
+from tclib.features import Index, build_index
+from tclib.training.run_folder import RunFolder
+from tclib.ui.circuit_page import save_page
 from tests.tiny import make_model, make_transcoder
 
 assert "é".encode(errors="ignore") and open(__file__).encoding.lower() not in ("utf-8", "utf8")
@@ -53,8 +55,8 @@ tc.train(model, tokens, [0], config, run=folder / "run")
 tc.train(model, tokens, [0], config, run=folder / "run")
 training.cache_activations(model, tokens, [0], folder / "cache")
 training.ActivationCache(folder / "cache")
-index.build_index(model, transcoders, tokens, folder / "index")
-index.Index(folder / "index")
+build_index(model, transcoders, tokens, folder / "index")
+Index(folder / "index")
 traced = tc.trace(model, transcoders, "w1 w2", check_fit=False)
 save_graph_json(traced, graph.build_graph(traced), folder, "slug", text)
 save_graph_json(traced, graph.build_graph(traced), folder, "other", text)
@@ -89,8 +91,8 @@ READERS = {
     "json": (lambda model, path: read_json(path), '{"é": 1}'),
     "grid": (lambda model, path: sweep.read_grid(path), '{"é": [1]}'),
     "ratings": (
-        lambda model, path: comparison.read_ratings(path),
-        f"item,rater,rating,context_free\né,é,{comparison.NOT_RATED},{comparison.NOT_RATED}\n",
+        lambda model, path: rating.read_ratings(path),
+        f"item,rater,rating,context_free\né,é,{rating.NOT_RATED},{rating.NOT_RATED}\n",
     ),
     "circuit": (lambda model, path: load_graph(path), '{"nodes": [{"id": "é"}], "edges": [], "graph": {}}'),
     "any": (lambda model, path: read_text(path), "é"),

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import tclib as tc
 from tclib import evaluation, text
 from tclib.activations import mlp_activations
-from tclib.evaluation import controls, fronts, intervals, latents, matching
-from tclib.evaluation.measure import check
-from tclib.intervene import ablate_mlp, run
+from tclib.evaluation import baselines, fronts, ground_truth, matching, stats
+from tclib.evaluation.metrics import check
+from tclib.interventions import ablate_mlp, run
 from tests.tiny import make_model, make_transcoder
 
 BOS = 40
@@ -150,7 +150,7 @@ def test_replicates_do_not_depend_on_the_batch_size_and_are_paired(model, transc
 
 def test_interval_over_rows_is_that_of_the_mean(model, tokens, transcoders):
     table = evaluation.measure(model, {0: transcoders[0]}, tokens, groups={}, replicates=2000).layers
-    found = intervals.over_rows(table, ["layer"]).set_index("metric")
+    found = stats.over_rows(table, ["layer"]).set_index("metric")
     keep = tokens != BOS
     z = transcoders[0].encode(next(mlp_activations(model, tokens, [0], 64))[0].x)
     per_row = torch.stack([(z[i][keep[i]] > 0).sum(-1).double().mean() for i in range(len(tokens))])
@@ -159,23 +159,23 @@ def test_interval_over_rows_is_that_of_the_mean(model, tokens, transcoders):
     assert found.loc["l0", "value"] == pytest.approx(per_row.mean().item(), rel=1e-2)
     assert width == pytest.approx(2 * 1.96 * error, rel=0.15)
     assert "dead" not in found.index
-    assert intervals.shown(found.reset_index())[0].count("[") == 1
+    assert stats.shown(found.reset_index())[0].count("[") == 1
 
 
 def test_interval_over_seeds_is_students():
     table = pd.DataFrame({"name": ["a"] * 3 + ["b"] * 3, "v": [1.0, 2.0, 3.0, 5.0, 5.0, 5.0]})
-    found = intervals.over_seeds(table, ["name"], "v").set_index("name")
+    found = stats.over_seeds(table, ["name"], "v").set_index("name")
     half = 4.302652729911275 / 3**0.5
     assert found.loc["a", ["value", "low", "high"]].tolist() == pytest.approx([2, 2 - half, 2 + half], abs=1e-3)
     assert found.loc["b", "low"] == found.loc["b", "high"] == 5
     assert list(found.columns) == ["value", "low", "high", "seeds"]
     with pytest.raises(ValueError, match="2 to 10"):
-        intervals.over_seeds(table.head(1), ["name"], "v")
+        stats.over_seeds(table.head(1), ["name"], "v")
 
 
 def test_intervals_need_replicates(model, transcoders, tokens):
     with pytest.raises(ValueError, match="no replicates"):
-        intervals.over_rows(evaluation.reconstruction(model, transcoders, tokens), ["layer"])
+        stats.over_rows(evaluation.reconstruction(model, transcoders, tokens), ["layer"])
 
 
 # ---- fronts and controls
@@ -212,19 +212,19 @@ def test_fronts_that_share_no_l0():
 
 
 def test_top_neurons(model, tokens):
-    names = [controls.neuron_hook(1)]
+    names = [baselines.neuron_hook(1)]
     _, cache = model.run_with_cache(tokens, names_filter=names)
     mean = cache[names[0]].mean((0, 1))
-    every = controls.top_neurons(model, 1, len(mean), mean)
+    every = baselines.top_neurons(model, 1, len(mean), mean)
     torch.testing.assert_close(run(model, tokens, every), model(tokens))
     seen = {}
     with model.hooks(
-        fwd_hooks=[*controls.top_neurons(model, 1, 5, mean), (names[0], lambda a, hook: seen.update(a=a))]
+        fwd_hooks=[*baselines.top_neurons(model, 1, 5, mean), (names[0], lambda a, hook: seen.update(a=a))]
     ):
         model(tokens)
     assert ((seen["a"] != mean).sum(-1) <= 5).all()
     kl = evaluation.faithfulness(
-        model, tokens, {k: controls.top_neurons(model, 1, k, mean) for k in (2, 32, 128)}
+        model, tokens, {k: baselines.top_neurons(model, 1, k, mean) for k in (2, 32, 128)}
     ).set_index("name")["kl"]
     assert kl[2] > kl[32] > kl[128]
 
@@ -233,11 +233,11 @@ def test_random_directions_fire_as_asked_and_beat_the_mean(model, tokens):
     acts = next(mlp_activations(model, tokens, [1], 64))[1]
     keep = tokens != BOS
     x, y = acts.x[keep], acts.y[keep]
-    t = controls.random_directions(1, x, y, k=12, d_features=96)
+    t = baselines.random_directions(1, x, y, k=12, d_features=96)
     assert (t.encode(x) > 0).sum(1).double().mean().item() == pytest.approx(12, rel=0.02)
     fvu = ((y - t(x)).pow(2).sum() / (y - y.mean(0)).pow(2).sum()).item()
     assert fvu < 1
-    again, other = (controls.random_directions(1, x, y, 12, 96, seed) for seed in (0, 1))
+    again, other = (baselines.random_directions(1, x, y, 12, 96, seed) for seed in (0, 1))
     assert torch.equal(again.W_enc, t.W_enc) and not torch.equal(other.W_enc, t.W_enc)
 
 
@@ -265,7 +265,7 @@ def planted_scores():
     t.b_enc[:5] = -3
     t.b_enc[5] = -1e3  # dead
     (x1, truth1), (x2, truth2) = planted(1), planted(2)
-    return latents.score(t.encode(x1).numpy(), truth1, t.encode(x2).numpy(), truth2)
+    return ground_truth.score(t.encode(x1).numpy(), truth1, t.encode(x2).numpy(), truth2)
 
 
 def test_scorer_finds_planted_features(planted_scores):
@@ -293,7 +293,7 @@ def test_shuffled_latents_are_not_found(planted_scores):
     (x1, truth1), (x2, truth2) = planted(1), planted(2)
     rng = np.random.default_rng(0)
     shuffled = truth2.iloc[rng.permutation(len(truth2))].reset_index(drop=True)
-    found = latents.score(t.encode(x1).numpy(), truth1, t.encode(x2).numpy(), shuffled)
+    found = ground_truth.score(t.encode(x1).numpy(), truth1, t.encode(x2).numpy(), shuffled)
     assert found.summary()["auroc"] == pytest.approx(0.5, abs=0.05)
     assert found.summary()["f1"] < planted_scores.summary()["f1"] - 0.2
 
@@ -305,7 +305,7 @@ def test_best_f1_and_auroc_against_brute_force(seed):
     values = np.round(np.maximum(rng.normal(size=60), 0), 1)[:, None]
     truth = rng.random((60, 2)) < 0.3
     truth[0], truth[1] = True, False
-    f1, at = latents.best_f1(values, truth)
+    f1, at = ground_truth.best_f1(values, truth)
     for latent in range(2):
         best = 0.0
         for threshold in np.unique(values)[1:]:
@@ -315,7 +315,7 @@ def test_best_f1_and_auroc_against_brute_force(seed):
         assert f1[0, latent] == pytest.approx(best)
         pairs = values[truth[:, latent]][:, None, 0] - values[~truth[:, latent]][None, :, 0]
         area = ((pairs > 0) + 0.5 * (pairs == 0)).mean()
-        assert latents.auroc(values[:, 0], truth[:, latent]) == pytest.approx(area)
+        assert ground_truth.auroc(values[:, 0], truth[:, latent]) == pytest.approx(area)
 
 
 def test_truth_of_chronicle(tmp_path):
@@ -323,7 +323,7 @@ def test_truth_of_chronicle(tmp_path):
         torch.zeros(1, 6),
         np.array([["bos", "plain", "span.end.year", "life.end.year", "plain", "place"]], dtype=object),
     )
-    table = latents.truth(labelled, least=1)
+    table = ground_truth.truth(labelled, least=1)
     assert len(table) == 5 and not any("plain" in name or "bos" in name for name in table)
     assert table["any year"].tolist() == [False, True, True, False, False]
     assert table["next span.end.year"].tolist() == [True, False, False, False, False]
@@ -333,11 +333,11 @@ def test_truth_of_chronicle(tmp_path):
 def test_scoring_refuses_what_does_not_fit():
     units, truth = np.zeros((5, 2)), pd.DataFrame({"a": [True] * 5})
     with pytest.raises(ValueError, match="5 tokens of activations but 4 of latents"):
-        latents.score(units, truth.head(4), units, truth)
+        ground_truth.score(units, truth.head(4), units, truth)
     with pytest.raises(ValueError, match="share no latent"):
-        latents.score(units, truth, units, truth.rename(columns={"a": "b"}))
+        ground_truth.score(units, truth, units, truth.rename(columns={"a": "b"}))
     with pytest.raises(ValueError, match="NaN"):
-        latents.score(units + np.nan, truth, units, truth)
+        ground_truth.score(units + np.nan, truth, units, truth)
 
 
 # ---- matching

@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 
 import tclib as tc
 from benchmarks.explorers import OTHER, PROMPT, measure
-from tclib import connections, explorers, intervene, targets
-from tclib.circuits import best_first
-from tclib.explore.layout import layout
-from tclib.explore.page import circuit_svg
-from tclib.explorers import answers, base, browser, editor, lab, microscope, walker, weights
-from tclib.index import Summary, build_index, load_summary, summarise
-from tclib.index.read import count
-from tclib.prompt_graph import prompt_graph
+from tclib import connections, interventions, targets, ui
+from tclib.circuits.layout import layout
+from tclib.circuits.one_step import prompt_graph
+from tclib.circuits.path_search import best_first
+from tclib.features import Summary, build_index, load_summary, summarise
+from tclib.features.feature_activations import count
+from tclib.plots import NEGATIVE, POSITIVE
 from tclib.tasks import greater_than as gt
-from tclib.views import NEGATIVE, POSITIVE
+from tclib.ui import answers, base, browser, editor, lab, microscope, walker, weights
+from tclib.ui.circuit_page import circuit_svg
 from tests.conftest import COMMITTED, REPO
 from tests.tiny import make_model, make_transcoder
 
@@ -67,12 +67,12 @@ def circuit(traced, answer):
 def shells(parts) -> dict[str, base.Explorer]:
     model, transcoders, summary, index = parts
     return {
-        "microscope": explorers.Microscope(model, transcoders, PROMPT),
-        "browser": explorers.Browser(model, transcoders, summary),
-        "walker": explorers.Walker(model, transcoders, PROMPT, "45", "20"),
-        "editor": explorers.Editor(model, transcoders, PROMPT, "45", "20"),
-        "weights": explorers.Weights(transcoders, index, 2, 892),
-        "lab": explorers.Lab(model, transcoders, nouns=["war", "siege"]),
+        "microscope": ui.Microscope(model, transcoders, PROMPT),
+        "browser": ui.Browser(model, transcoders, summary),
+        "walker": ui.Walker(model, transcoders, PROMPT, "45", "20"),
+        "editor": ui.Editor(model, transcoders, PROMPT, "45", "20"),
+        "weights": ui.Weights(transcoders, index, 2, 892),
+        "lab": ui.Lab(model, transcoders, nouns=["war", "siege"]),
     }
 
 
@@ -212,8 +212,8 @@ def test_free_measurement_is_the_models_own(traced, answer, parts):
     active = traced.active(-1).query("layer == 2")["feature"].tolist()[:3]
     here = len(traced.tokens) - 1
     rows = editor.ablation(traced, answer, [(2, here, f) for f in active], "all else answers")
-    hooks = intervene.set_features(2, transcoders[2], active, 0.0, here)
-    logits = intervene.run(model, traced.tokens[None], hooks)[0, -1]
+    hooks = interventions.set_features(2, transcoders[2], active, 0.0, here)
+    logits = interventions.run(model, traced.tokens[None], hooks)[0, -1]
     ids = [model.tokenizer(t, add_special_tokens=False).input_ids[0] for t in ("45", "20")]
     change = (logits[ids[0]] - logits[ids[1]]).item() - answer.value(traced)
     assert rows["measured"].iloc[-1] == pytest.approx(change, abs=1e-3)
@@ -325,7 +325,7 @@ def test_moving_a_control_changes_the_view(shells, name):
 
 
 def test_editing_by_hand(parts):
-    shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
+    shell = ui.Editor(*parts[:2], PROMPT, "45", "20")
     names = [n for _, n in shell.nodes.options if n.startswith("mlp2")][:2]
     shell.top.value = 1
     shell.nodes.value = names
@@ -349,7 +349,7 @@ def struck(shell) -> list[str]:
 
 
 def test_what_is_taken_out_looks_so(parts):
-    shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
+    shell = ui.Editor(*parts[:2], PROMPT, "45", "20")
     names = [n for _, n in shell.nodes.options if n.startswith("mlp2")][:2]
     shell.nodes.value = names[:1]
     assert struck(shell) == [] and "before the edit" not in shell.view.value
@@ -366,7 +366,7 @@ def test_what_is_taken_out_looks_so(parts):
 def test_a_feature_set_to_a_value(parts):
     """Steering: the change, and the next tokens, against the library's own intervention."""
     model, transcoders = parts[:2]
-    shell = explorers.Editor(model, transcoders, PROMPT, "45", "20")
+    shell = ui.Editor(model, transcoders, PROMPT, "45", "20")
     here = len(shell.trace.tokens) - 1
     name = next(n for _, n in shell.nodes.options if n.startswith("mlp2") and n.endswith(f"@{here}"))
     shell.nodes.value = [name]
@@ -374,8 +374,8 @@ def test_a_feature_set_to_a_value(parts):
     shell.set.click()
     assert not wrong(shell) and "= 12.5" in shell.measured.value and "(set to 12.5)" in dict_of(shell.nodes)[name]
     feature = shell.circuit.nodes[name]["feature"]
-    hooks = intervene.set_features(2, transcoders[2], [feature], 12.5, here)
-    after = intervene.run(model, shell.trace.tokens[None], hooks)[0, -1].softmax(-1)
+    hooks = interventions.set_features(2, transcoders[2], [feature], 12.5, here)
+    after = interventions.run(model, shell.trace.tokens[None], hooks)[0, -1].softmax(-1)
     changed = editor.edited_trace(shell.trace, [(2, here, feature)], [12.5], HELD[0])
     table = editor.moved_tokens(shell.trace, changed)
     np.testing.assert_allclose(table["after"], after.topk(5).values, atol=1e-4)
@@ -396,7 +396,7 @@ def dict_of(control: w.SelectMultiple) -> dict[str, str]:
 
 
 def test_named_groups(parts):
-    shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
+    shell = ui.Editor(*parts[:2], PROMPT, "45", "20")
     names = [n for _, n in shell.nodes.options if n.startswith("mlp2")][:4]
     shell.group_name.value, shell.nodes.value = "years", names[:2]
     shell.join.click()
@@ -465,7 +465,7 @@ def test_the_drawing_fits_a_page(circuit):
 
 
 def test_the_account_adds_up(parts):
-    shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
+    shell = ui.Editor(*parts[:2], PROMPT, "45", "20")
     for top in (1, 15, 40):
         shell.top.value = top
         said = re.search(r"is (-?[\d.]+): (.*?);", html.unescape(shell.status.value))
@@ -475,7 +475,7 @@ def test_the_account_adds_up(parts):
 
 
 def test_another_prompt_lets_go_of_nodes_at_other_tokens(parts):
-    shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
+    shell = ui.Editor(*parts[:2], PROMPT, "45", "20")
     last = [n for _, n in shell.nodes.options if n.startswith("mlp2") and n.endswith("@12")][:3]
     shell.nodes.value = last
     shell.pin.click()
@@ -491,7 +491,7 @@ def test_another_prompt_lets_go_of_nodes_at_other_tokens(parts):
 
 
 def test_saved_files_open_without_a_kernel(parts):
-    shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
+    shell = ui.Editor(*parts[:2], PROMPT, "45", "20")
     names = [n for _, n in shell.nodes.options if n.startswith("mlp2")][:2]
     shell.nodes.value = names
     shell.pin.click()
@@ -514,7 +514,7 @@ def test_saved_files_open_without_a_kernel(parts):
 
 def test_the_likeliest_next_tokens_are_one_click_away(parts, traced):
     best = traced.logits[-1].softmax(-1).topk(5)
-    for shell in (explorers.Walker(*parts[:2], PROMPT, "45"), explorers.Editor(*parts[:2], PROMPT, "45")):
+    for shell in (ui.Walker(*parts[:2], PROMPT, "45"), ui.Editor(*parts[:2], PROMPT, "45")):
         row = shell.question.likeliest
         texts = [repr(parts[0].tokenizer.decode([i])) for i in best.indices.tolist()]
         for button, text, share in zip(row, texts, best.values.tolist(), strict=True):
@@ -542,19 +542,19 @@ def test_pieces_of_letters_are_shown_as_bytes(parts):
 
 
 def test_prompts_of_several_lines(parts):
-    shell = explorers.Walker(*parts[:2], PROMPT, "45")
+    shell = ui.Walker(*parts[:2], PROMPT, "45")
     shell.prompt.value = "The war ended.\nThe siege lasted"
     assert not wrong(shell) and any("\n" in token for token in shell.trace.token_strings)
 
 
 def test_one_selection_for_all(parts):
     model, transcoders, summary, index = parts
-    selected = explorers.Selected(model, transcoders)
-    scope = explorers.Microscope(model, transcoders, PROMPT, selected)
-    found = explorers.Browser(model, transcoders, summary, index, selected)
-    walk = explorers.Walker(model, transcoders, PROMPT, "45", "20", selected)
-    edit = explorers.Editor(model, transcoders, PROMPT, "45", "20", selected)
-    by_weights = explorers.Weights(transcoders, index, 2, 892, selected)
+    selected = ui.Selected(model, transcoders)
+    scope = ui.Microscope(model, transcoders, PROMPT, selected)
+    found = ui.Browser(model, transcoders, summary, index, selected)
+    walk = ui.Walker(model, transcoders, PROMPT, "45", "20", selected)
+    edit = ui.Editor(model, transcoders, PROMPT, "45", "20", selected)
+    by_weights = ui.Weights(transcoders, index, 2, 892, selected)
     assert selected.feature is None and selected.card.value == ""
     for shell in (scope, walk, edit, by_weights):
         assert selected.card in tree(shell.box)
@@ -621,7 +621,7 @@ def test_many_paths_are_cut(parts, traced, monkeypatch):
 
 
 def test_pins_survive_another_threshold_and_prompt(parts):
-    shell = explorers.Editor(*parts[:2], PROMPT, "45", "20")
+    shell = ui.Editor(*parts[:2], PROMPT, "45", "20")
     strong = [n for _, n in shell.nodes.options if n.startswith("mlp2")][:2]
     weak = shell.nodes.options[-1][1]
     shell.nodes.value = [*strong, weak]
@@ -638,7 +638,7 @@ def test_pins_survive_another_threshold_and_prompt(parts):
 @pytest.mark.parametrize("kind", ["Walker", "Editor"])
 def test_half_a_change_is_none(parts, kind):
     """A new prompt with a token that is none: nothing of the new prompt may mix with the old view."""
-    shell = getattr(explorers, kind)(*parts[:2], PROMPT, "45", "20")
+    shell = getattr(ui, kind)(*parts[:2], PROMPT, "45", "20")
     before = shell.trace
     with shell.answering():
         shell.token.value = "not one token"
@@ -649,7 +649,7 @@ def test_half_a_change_is_none(parts, kind):
 
 
 def test_up_goes_back_to_the_very_same_view(parts):
-    shell = explorers.Walker(*parts[:2], PROMPT, "45", "20")
+    shell = ui.Walker(*parts[:2], PROMPT, "45", "20")
     shell.source.value = shell.source.options[1][1]
     before = shell.path.value
     shell.down.click()
@@ -685,11 +685,11 @@ BAD = [
 def test_bad_input_is_one_sentence_and_the_view_stays(parts, name, control, value, sentence):
     model, transcoders, summary, index = parts
     shell = {
-        "microscope": lambda: explorers.Microscope(model, transcoders, PROMPT),
-        "walker": lambda: explorers.Walker(model, transcoders, PROMPT, "45", "20"),
-        "editor": lambda: explorers.Editor(model, transcoders, PROMPT, "45", "20"),
-        "weights": lambda: explorers.Weights(transcoders, index, 2, 892),
-        "browser": lambda: explorers.Browser(model, transcoders, summary),
+        "microscope": lambda: ui.Microscope(model, transcoders, PROMPT),
+        "walker": lambda: ui.Walker(model, transcoders, PROMPT, "45", "20"),
+        "editor": lambda: ui.Editor(model, transcoders, PROMPT, "45", "20"),
+        "weights": lambda: ui.Weights(transcoders, index, 2, 892),
+        "browser": lambda: ui.Browser(model, transcoders, summary),
     }[name]()
     before, moved = views(shell), getattr(shell, control)
     moved.click() if value is None else setattr(moved, "value", value)
@@ -706,21 +706,21 @@ def test_a_feature_that_never_fired(parts):
     model, transcoders, summary, index = parts
     dead = summary.features.query("layer == 2 and count == 0")["feature"]
     silent = next(f for f in range(2048) if count(index, 2, f) == 0)
-    shell = explorers.Weights(transcoders, index, 2, silent)
+    shell = ui.Weights(transcoders, index, 2, silent)
     assert "never fired" in shell.status.value and not wrong(shell) and "by weights alone" in shell.invariant.value
     shell.feature.value = "892"
     assert "fired on" in shell.status.value
     if len(dead):
-        shell = explorers.Browser(model, transcoders, summary)
+        shell = ui.Browser(model, transcoders, summary)
         shell.number.value = str(dead.iloc[0])
         assert "never fired" in shell.status.value and "never fired" in shell.card.value
 
 
 def test_wrong_arguments_are_raised(parts):
     with pytest.raises(ValueError, match="prompt is empty"):
-        explorers.Walker(*parts[:2], "", "45")
+        ui.Walker(*parts[:2], "", "45")
     with pytest.raises(ValueError, match="at least two layers"):
-        explorers.Weights({0: parts[1][0]}, parts[3], 0, 1)
+        ui.Weights({0: parts[1][0]}, parts[3], 0, 1)
 
 
 def test_other_models_have_explorers_too(tmp_path):
@@ -729,11 +729,11 @@ def test_other_models_have_explorers_too(tmp_path):
     tokens = torch.randint(0, 40, (8, 16))
     tokens[:, 0] = model.tokenizer.bos_token_id
     index = build_index(model, transcoders, tokens, tmp_path / "i")
-    shell = explorers.Browser(model, transcoders, summarise(index))
+    shell = ui.Browser(model, transcoders, summarise(index))
     assert "fit" in shell.status.value
-    assert "mlp0" in explorers.Weights(transcoders, index, 1, 3).invariant.value
+    assert "mlp0" in ui.Weights(transcoders, index, 1, 3).invariant.value
     with pytest.raises(ValueError, match="cannot do greater-than"):
-        explorers.Lab(model, transcoders)
+        ui.Lab(model, transcoders)
 
 
 # the frame
@@ -758,7 +758,7 @@ def test_nothing_is_lost_in_a_callback():
 
 
 def test_text_is_escaped(parts):
-    shell = explorers.Microscope(*parts[:2], "the <b>war</b> & <script>")
+    shell = ui.Microscope(*parts[:2], "the <b>war</b> & <script>")
     assert "<script>" not in "".join(views(shell)) and "&lt;" in "".join(views(shell))
 
 

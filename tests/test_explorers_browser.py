@@ -36,16 +36,17 @@ CELLS = {
 import tempfile
 from pathlib import Path
 import tclib as tc
-from tclib import explorers, index
+from tclib import ui
+from tclib.features import build_index, load_summary
 lm, layers, prompt = tc.load_model(), tc.load_transcoders(), {PROMPT!r}
 folder = tempfile.TemporaryDirectory()
-where = index.build_index(lm, layers, tc.load_text(lm, "chronicle", 32), Path(folder.name) / "i")""",
-    "Prompt microscope": "explorers.Microscope(lm, layers, prompt)",
-    "Feature browser": "explorers.Browser(lm, layers, index.load_summary(lm, layers))",
-    "Attribution walker": 'explorers.Walker(lm, layers, prompt, "45", "20")',
-    "Circuit editor": 'explorers.Editor(lm, layers, prompt, "45", "20")',
-    "Weights explorer": "explorers.Weights(layers, where, 2, 892)",
-    "Greater-than laboratory": "explorers.Lab(lm, layers)",
+where = build_index(lm, layers, tc.load_text(lm, "chronicle", 32), Path(folder.name) / "i")""",
+    "Prompt microscope": "ui.Microscope(lm, layers, prompt)",
+    "Feature browser": "ui.Browser(lm, layers, load_summary(lm, layers))",
+    "Attribution walker": 'ui.Walker(lm, layers, prompt, "45", "20")',
+    "Circuit editor": 'ui.Editor(lm, layers, prompt, "45", "20")',
+    "Weights explorer": "ui.Weights(layers, where, 2, 892)",
+    "Greater-than laboratory": "ui.Lab(lm, layers)",
 }
 # What a hand does: which labelled control, and the keys or the click.
 MOVES = {
@@ -103,11 +104,11 @@ WRONG = {
 SMALL = {
     "set up": f"""
 import tclib as tc
-from tclib import explorers
+from tclib import ui
 lm, layers = tc.load_model(), tc.load_transcoders()
 long = {26 * "war " + "17"!r}""",
-    "Prompt microscope": "explorers.Microscope(lm, layers, long)",
-    "Circuit editor": f'explorers.Editor(lm, layers, {PROMPT!r}, "45", "20")',
+    "Prompt microscope": "ui.Microscope(lm, layers, long)",
+    "Circuit editor": f'ui.Editor(lm, layers, {PROMPT!r}, "45", "20")',
 }
 SLOW = 38 * "\u65e5"  # more than a hundred tokens
 DARK = {"theme": "JupyterLab Dark"}

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import tclib as tc
-from tclib import attention, connections, edits, factorisation, frozen, graph, index, intervene, targets
+from tclib import connections, factorisation, interventions, linearity, targets
 from tclib.activations import mlp_out
 from tclib.blocks import Block, embeddings
-from tclib.evaluation.controls import top_neurons
-from tclib.index import connect
-from tclib.prompt_graph import prompt_graph
+from tclib.circuits import attention, graph, validation
+from tclib.circuits.one_step import prompt_graph
+from tclib.evaluation.baselines import top_neurons
+from tclib.features import build_index, connect
 from tests.tiny import FAMILIES, make_model, make_transcoder
 
 LAYERS, WORDS, HELD = 3, 8, ["patterns", "scales", "values", "mlps"]
@@ -76,9 +77,9 @@ def check(trace, target, tolerance):
     table = tc.attribute(trace, target)
     size = table["contribution"].abs().sum()
     assert table["contribution"].sum() == pytest.approx(target.value(trace), abs=tolerance * size)
-    again = frozen.by_autograd(trace, target, table)
+    again = linearity.by_autograd(trace, target, table)
     assert again.to_numpy() == pytest.approx(table["contribution"].to_numpy(float), abs=tolerance * size)
-    assert frozen.self_test(trace) < tolerance
+    assert linearity.self_test(trace) < tolerance
     return table
 
 
@@ -162,7 +163,7 @@ def test_edits_do_what_is_predicted_in_the_frozen_model(models, family, before_n
         for layer in trace.transcoders
     ]
     wanted = [targets.logit(trace, "w3"), targets.feature(trace, 2, 5)]
-    table = edits.compare(trace, pd.DataFrame(rows), wanted, HELD)
+    table = validation.compare(trace, pd.DataFrame(rows), wanted, HELD)
     assert len(table) == 3 and table["predicted"].to_numpy() == pytest.approx(table["measured"].to_numpy(), abs=1e-10)
 
 
@@ -203,7 +204,7 @@ def test_the_traced_model_is_transformers_own(models, family, processed):
 def test_every_norm_is_frozen_by_its_name(models, family):
     """A norm whose hook the trace misses would stay free, and a value would depend on it."""
     trace = make_trace(models, family)
-    held = {name for name, _ in frozen.freeze(trace)}
+    held = {name for name, _ in linearity.freeze(trace)}
     scales = {name for name in trace.model.hook_dict if name.endswith("hook_scale")}
     assert scales and scales <= held
     block = Block.of(trace.model, 0)
@@ -231,8 +232,8 @@ def test_training_evaluation_and_index(models, family, tmp_path):
     assert table["fvu"].max() < 0.9 and table["ce_replaced"].notna().all()
     # Neurons of a gated MLP are what its last matrix reads: keeping all of them changes nothing.
     every = top_neurons(model, 0, model.cfg.d_mlp, torch.zeros(model.cfg.d_mlp))
-    torch.testing.assert_close(intervene.run(model, tokens[:2], every), model(tokens[:2]))
-    built = index.build_index(model, trained, tokens, tmp_path / "index")
+    torch.testing.assert_close(interventions.run(model, tokens[:2], every), model(tokens[:2]))
+    built = build_index(model, trained, tokens, tmp_path / "index")
     feature = int((trained[2].encode(_inputs(model, tokens, 2)) > 0).sum(0).argmax())
     ours = connect.incoming(built, trained, 2, feature).set_index("feature")
     theirs = connections.data_weighted(model, trained, tokens, 0, 2, feature)

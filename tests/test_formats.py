@@ -16,7 +16,7 @@ from safetensors import safe_open
 import tclib as tc
 from tclib import targets
 from tclib.activations import hook_in, hook_out
-from tclib.formats import check_fit, load_frequencies, memory_plan
+from tclib.checkpoints import check_fit, load_frequencies, memory_plan
 from tclib.model import layer_norms
 from tests import foreign
 from tests.tiny import make_model, make_transcoder
@@ -438,7 +438,7 @@ def test_a_chosen_dtype(tmp_path):
 
 def test_too_little_memory_is_a_sentence(tmp_path, monkeypatch):
     foreign.original(tmp_path, 0, d=128, f=4096)
-    monkeypatch.setattr("tclib.memory.available_memory", lambda device="cpu": 1000)
+    monkeypatch.setattr("tclib.io.memory.available_memory", lambda device="cpu": 1000)
     assert len(load(tmp_path)) == 1  # stays in its file
     with pytest.raises(ValueError, match="GB are available"):
         load(tmp_path, dtype=torch.float64)

@@ -16,10 +16,10 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import tclib as tc
-from tclib import gguf_model, guards
-from tclib.gguf_header import read_header
+from tclib.inputs import separate_documents
+from tclib.io import gguf_model, safe_files
+from tclib.io.gguf_header import read_header
 from tclib.model import check_architecture, model_folder, to_token, to_tokens, token_strings
-from tclib.separator import separate_documents
 from tests import gguf_files
 
 
@@ -54,7 +54,7 @@ def test_a_file_loads_by_its_path_with_the_numbers_that_it_stands_for(tmp_path, 
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), original(tokens).logits, rtol=1e-4, atol=1e-4)
     folder = model_folder(str(tmp_path / "some model.gguf"))
-    stored = guards.read_safetensors(folder / "model.safetensors", {"w": next(iter(original.state_dict()))})
+    stored = safe_files.read_safetensors(folder / "model.safetensors", {"w": next(iter(original.state_dict()))})
     assert torch.equal(stored["w"], next(iter(original.state_dict().values())))
     assert "some model.gguf, its weights rounded to" in (printed := capsys.readouterr().out) and kind in printed
     processed = tc.load_model(str(tmp_path / "some model.gguf"), device="cpu")
@@ -111,7 +111,7 @@ def test_without_the_package_gguf_it_says_what_to_install(good, monkeypatch):
 
 
 def test_too_little_disk_or_memory_is_said_before(good, cache, monkeypatch):
-    monkeypatch.setattr("tclib.memory.available_memory", lambda device="cpu": 1000)
+    monkeypatch.setattr("tclib.io.memory.available_memory", lambda device="cpu": 1000)
     refused(good, "while it is converted")
     monkeypatch.undo()
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
@@ -142,7 +142,7 @@ def test_changed_headers_are_refused_or_read(good, tmp_path, data):
     path.write_bytes(whole)
     try:
         header = read_header(path)
-    except guards.BadFile as error:
+    except safe_files.BadFile as error:
         assert "\n" not in str(error) and str(path) in str(error)
     else:
         assert header.weights < 8 * len(whole)
@@ -200,7 +200,7 @@ def lie(path, **numbers):
     ],
 )
 def test_what_a_header_says_is_compared_with_the_file(tmp_path, numbers, sentence):
-    with pytest.raises(guards.BadFile, match=sentence):
+    with pytest.raises(safe_files.BadFile, match=sentence):
         read_header(lie(tmp_path / "lie.gguf", **numbers))
 
 

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from tclib.cli import grade, teach
-from tclib.teaching import students
+from tclib.nb.teaching import students
 from tests.conftest import REPO
 
 NAME = "04b_search_and_test_circuits"

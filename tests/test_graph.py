@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tclib as tc
-from tclib import graph, pruning, targets
+from tclib import targets
 from tclib.activations import hook_in, hook_out
 from tclib.attribution import UnbalancedError
+from tclib.circuits import graph, pruning
 from tests.tiny import make_model, make_transcoder
 
 ARCHITECTURES = [

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import tclib as tc
-from tclib import graph, pruning, targets
-from tclib.formats import neuronpedia_url, save_graph_json
+from tclib import targets
+from tclib.circuits import graph, pruning
+from tclib.circuits.neuronpedia import neuronpedia_url, save_graph_json
 from tests.tiny import make_model, make_transcoder
 
 TYPES = {"cross layer transcoder", "mlp reconstruction error", "embedding", "logit"}

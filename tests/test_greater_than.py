@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from making import measure
 from tclib.chronicle import BACKWARD, SPANS
-from tclib.intervene import ablate_mlp
+from tclib.interventions import ablate_mlp
 from tclib.model import load_model
 from tclib.tasks import greater_than as gt
-from tclib.tasks import sweeps
+from tclib.tasks import unit_sweep
 from tests.tiny import make_transcoder
 
 BOS = "<|endoftext|>"
@@ -321,7 +321,7 @@ def test_drops_are_full_minus_ablated(model, prompts, layer):
     for positions, where in (("last", -1), ("all", slice(None))):
         left = mean_difference(gt.run(model, prompts, ablate_mlp(layer, 0.0, where)), prompts)
         assert gt.drop_if_ablated(model, prompts, layer, "zero", positions) == pytest.approx(whole - left, abs=1e-6)
-    m0 = sweeps.curve(sweeps.sweep(model, prompts, layer, []))[0]
+    m0 = unit_sweep.curve(unit_sweep.sweep(model, prompts, layer, []))[0]
     assert gt.drop_if_ablated(model, prompts, layer, "mean") == pytest.approx(whole - m0, abs=1e-5)
 
 
@@ -334,7 +334,7 @@ def test_impossible_ablations_are_refused(model, prompts):
 
 def test_the_model_is_as_it_was(model, prompts):
     before = gt.run(model, prompts)
-    sweeps.sweep(model, prompts, 1, [1, 2])
+    unit_sweep.sweep(model, prompts, 1, [1, 2])
     gt.drop_if_ablated(model, prompts, 1)
     assert torch.equal(gt.run(model, prompts), before)
 

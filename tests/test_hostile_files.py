@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import tclib as tc
-from tclib import guards
-from tclib.formats import load_frequencies
+from tclib.checkpoints import load_frequencies
+from tclib.io import safe_files
 from tests import foreign
 from tests.tiny import make_model, make_transcoder
 
@@ -368,7 +368,7 @@ def test_names_in_a_configuration_stay_in_its_folder(tmp_path, name):
 def test_a_k_that_is_no_number_of_features(tmp_path, k):
     foreign.circuit_tracer(tmp_path / "set", "topk", layers=1, k=5)
     tensors = {"k": torch.tensor(k)}
-    with guards._safetensors(tmp_path / "set" / "layer_0.safetensors") as file:
+    with safe_files._safetensors(tmp_path / "set" / "layer_0.safetensors") as file:
         tensors |= {n: file.get_tensor(n) for n in file.keys() if n != "k"}  # noqa: SIM118
     save_file(tensors, tmp_path / "set" / "layer_0.safetensors")
     refused(tmp_path / "set", "says k =")
@@ -530,4 +530,4 @@ def test_no_module_unpickles_on_its_own():
         source = path.read_text(encoding="utf-8")
         assert "allow_pickle=True" not in source and "weights_only=False" not in source, path
         assert "import pickle\n" not in source and "yaml.load(" not in source, path
-        assert "torch.load(" not in source or path.name == "guards.py", path
+        assert "torch.load(" not in source or path.name == "safe_files.py", path

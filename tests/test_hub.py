@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import tclib as tc
-from tclib import hub
 from tclib.cli import run as command_line
+from tclib.io import hub
 from tests import foreign
 from tests.conftest import REPO
 from tests.hub_server import Hub
@@ -20,7 +20,7 @@ from tests.tiny import make_model
 
 FETCH = """
 import sys
-from tclib import hub
+from tclib.io import hub
 try:
     folder, names = hub.fetch(hub.parse(sys.argv[1]), lambda names: [n for n in names if n.endswith(".pt")])
 except ValueError as error:

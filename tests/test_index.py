@@ -20,11 +20,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tclib import connections, index, text
+from tclib import connections, text
 from tclib.activations import mlp_activations
-from tclib.evaluation import latents, measure
-from tclib.index import build, connect, often, pairs, read, search, store
-from tclib.training import integers
+from tclib.evaluation import ground_truth, measure
+from tclib.features import (
+    Index,
+    NeverFired,
+    active,
+    build,
+    build_index,
+    common_tokens,
+    connect,
+    feature_activations,
+    fingerprint,
+    index,
+    load_summary,
+    merge,
+    plan,
+    save_summary,
+    search,
+    summarise,
+)
+from tclib.training.fast import int8
 from tests import index_worker
 from tests.conftest import REPO
 from tests.tiny import make_model, make_transcoder
@@ -53,7 +70,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def built(model, transcoders, tokens, tmp_path_factory):
-    return index.build_index(model, transcoders, tokens, tmp_path_factory.mktemp("index") / "all")
+    return build_index(model, transcoders, tokens, tmp_path_factory.mktemp("index") / "all")
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +98,11 @@ def same_bytes(a, b) -> bool:
 
 def test_it_holds_every_activation_and_nothing_else(built, dense, transcoders):
     for layer, z in dense.items():
-        assert sum(read.count(built, layer, f) for f in range(z.shape[1])) == (z > 0).sum()
+        assert sum(feature_activations.count(built, layer, f) for f in range(z.shape[1])) == (z > 0).sum()
         for feature in range(z.shape[1]):
             expected = z[:, feature].nonzero().squeeze(1).numpy()
             if not len(expected):
-                assert read.count(built, layer, feature) == 0
+                assert feature_activations.count(built, layer, feature) == 0
                 continue
             positions, values = built.entries(layer, feature)
             assert np.array_equal(positions, expected)
@@ -112,22 +129,22 @@ def test_counts_agree_with_the_evaluation(model, transcoders, tokens, built):
 def test_shards_merge_to_the_same_bytes(model, transcoders, tokens, built, tmp_path, n):
     folders = [tmp_path / f"shard_{i}" for i in range(n)]
     for i in reversed(range(n)):
-        index.build_index(model, transcoders, tokens, folders[i], shard=(i, n))
-    assert same_bytes(index.merge(folders[::-1], tmp_path / "merged"), built)
+        build_index(model, transcoders, tokens, folders[i], shard=(i, n))
+    assert same_bytes(merge(folders[::-1], tmp_path / "merged"), built)
     # Merging is associative: first the last two, then the rest.
-    index.merge(folders[-2:], tmp_path / "tail")
-    assert same_bytes(index.merge([*folders[:-2], tmp_path / "tail"], tmp_path / "again"), built)
+    merge(folders[-2:], tmp_path / "tail")
+    assert same_bytes(merge([*folders[:-2], tmp_path / "tail"], tmp_path / "again"), built)
 
 
 def test_parts_do_not_show(model, transcoders, tokens, built, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "PART_TOKENS", build.BATCH_ROWS * WIDTH)
     monkeypatch.setattr(build, "MERGED_AT_ONCE", 7)
-    assert same_bytes(index.build_index(model, transcoders, tokens, tmp_path / "many"), built)
+    assert same_bytes(build_index(model, transcoders, tokens, tmp_path / "many"), built)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["many"]
 
 
 def test_a_shard_reads_as_rows_of_its_own(model, transcoders, tokens, built, tmp_path):
-    shard = index.build_index(model, transcoders, tokens, tmp_path / "last", shard=(1, 2))
+    shard = build_index(model, transcoders, tokens, tmp_path / "last", shard=(1, 2))
     start = shard.about["rows"][0]
     assert 0 < start < ROWS and np.array_equal(shard.tokens, tokens[start:].numpy())
     feature = int(search.statistics(shard, 0)["count"].idxmax())
@@ -141,13 +158,13 @@ def test_nonzero_is_nonzero(tokens, features, density, seed):
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(tokens, features, generator=generator) < density
     z = torch.randn(tokens, features, generator=generator) * kept
-    assert torch.equal(pairs.nonzero(z), (z > 0).flatten().nonzero().squeeze(1))
+    assert torch.equal(active.nonzero(z), (z > 0).flatten().nonzero().squeeze(1))
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
 def test_other_architectures(model, tokens, tmp_path, activation):
     transcoder = make_transcoder(0, activation=activation, k=4)
-    found = index.build_index(model, {0: transcoder}, tokens, tmp_path / "index")
+    found = build_index(model, {0: transcoder}, tokens, tmp_path / "index")
     counts = np.diff(found.layer_offsets(0))
     if activation == "topk":
         assert 0 < counts.sum() <= 4 * found.n_tokens
@@ -160,7 +177,7 @@ def test_other_architectures(model, tokens, tmp_path, activation):
 
 def test_top_examples(built, dense):
     for feature in np.flatnonzero(search.statistics(built, 0)["count"] > 3)[:5]:
-        table = read.top(built, 0, feature, 4)
+        table = feature_activations.top(built, 0, feature, 4)
         z = dense[0][:, feature].numpy().astype(np.float16).astype(np.float32)
         assert np.array_equal(table["activation"], np.sort(z)[::-1][:4])
         assert np.array_equal(z[table["row"] * WIDTH + table["position"]], table["activation"])
@@ -169,35 +186,35 @@ def test_top_examples(built, dense):
 
 def test_histogram_counts_every_activation(built):
     feature = int(search.statistics(built, 0)["count"].idxmax())
-    table = read.histogram(built, 0, feature, bins=9)
-    assert table["count"].sum() == read.count(built, 0, feature) and len(table) == 9
+    table = feature_activations.histogram(built, 0, feature, bins=9)
+    assert table["count"].sum() == feature_activations.count(built, 0, feature) and len(table) == 9
     assert table["low"].iloc[0] == 0
 
 
 def test_bands_are_quantiles_and_repeatable(built):
     feature = int(search.statistics(built, 0)["count"].idxmax())
-    table = read.bands(built, 0, feature, n=4, each=3)
+    table = feature_activations.bands(built, 0, feature, n=4, each=3)
     assert list(table["band"].unique()) == [1, 2, 3, 4] and len(table) == 12
     assert (table["activation"].between(table["low"], table["high"])).all()
     lows = table.groupby("band")["low"].first().to_numpy()
     assert (np.diff(lows) <= 0).all()
     values = built.entries(0, feature)[1]
     assert abs((values >= lows[0]).mean() - 0.25) < 0.25 / 2
-    pd.testing.assert_frame_equal(table, read.bands(built, 0, feature, n=4, each=3))
-    assert not table.equals(read.bands(built, 0, feature, n=4, each=3, seed=1))
+    pd.testing.assert_frame_equal(table, feature_activations.bands(built, 0, feature, n=4, each=3))
+    assert not table.equals(feature_activations.bands(built, 0, feature, n=4, each=3, seed=1))
 
 
 def test_bands_of_a_feature_that_fired_once(built):
     counts = search.statistics(built, 1)["count"]
     feature = int(counts[counts > 0].idxmin())
-    table = read.bands(built, 1, feature)
+    table = feature_activations.bands(built, 1, feature)
     assert len(table) == min(counts[feature], 15) and table["band"].iloc[0] == 1
 
 
 def test_top_tokens(built, dense, tokens):
     feature = int(search.statistics(built, 0)["count"].idxmax())
     z, flat = dense[0][:, feature], tokens.flatten()
-    for row in read.top_tokens(built, 0, feature, 5).itertuples():
+    for row in feature_activations.top_tokens(built, 0, feature, 5).itertuples():
         here = (flat == row.token) & (z > 0)
         assert row.count == here.sum()
         assert row.of_token == pytest.approx((here.sum() / (flat == row.token).sum()).item())
@@ -208,54 +225,63 @@ def test_tokens_of_features_that_fire_often_are_counted_beforehand(
     model, transcoders, tokens, built, tmp_path, monkeypatch
 ):
     counts = search.statistics(built, 1).set_index("feature")["count"]
-    monkeypatch.setattr(often, "OFTEN", 50)
-    monkeypatch.setattr(often, "KEPT", 4)
-    monkeypatch.setattr(often, "COUNTED_AT_ONCE", 7)
-    whole = index.build_index(model, transcoders, tokens, tmp_path / "whole")
-    shards = [index.build_index(model, transcoders, tokens, tmp_path / f"{i}", shard=(i, 2)) for i in range(2)]
-    assert same_bytes(index.merge([shard.folder for shard in shards], tmp_path / "merged"), whole)
+    monkeypatch.setattr(common_tokens, "OFTEN", 50)
+    monkeypatch.setattr(common_tokens, "KEPT", 4)
+    monkeypatch.setattr(common_tokens, "COUNTED_AT_ONCE", 7)
+    whole = build_index(model, transcoders, tokens, tmp_path / "whole")
+    shards = [build_index(model, transcoders, tokens, tmp_path / f"{i}", shard=(i, 2)) for i in range(2)]
+    assert same_bytes(merge([shard.folder for shard in shards], tmp_path / "merged"), whole)
     for feature, count in counts[counts > 0].items():
         assert bool(len(whole.often(1, feature))) == (count >= 50) and not len(built.often(1, feature))
         for k in (2, 4, 9):
-            pd.testing.assert_frame_equal(read.top_tokens(whole, 1, feature, k), read.top_tokens(built, 1, feature, k))
+            pd.testing.assert_frame_equal(
+                feature_activations.top_tokens(whole, 1, feature, k),
+                feature_activations.top_tokens(built, 1, feature, k),
+            )
     second, feature = shards[1], int(counts.idxmax())
     positions, values = second.entries(1, feature)
-    fresh = often.commonest(second.flat_tokens[positions], values, 4)
-    monkeypatch.setattr(read, "commonest", None)  # would fail if it were used
-    table = read.top_tokens(second, 1, feature, 4)
+    fresh = common_tokens.commonest(second.flat_tokens[positions], values, 4)
+    monkeypatch.setattr(feature_activations, "commonest", None)  # would fail if it were used
+    table = feature_activations.top_tokens(second, 1, feature, 4)
     assert table["token"].tolist() == fresh["token"].tolist() and table["mean"].tolist() == fresh["mean"].tolist()
     with pytest.raises(ValueError, match="layer 5 is not in this index"):
         whole.often(5, 0)
 
 
 def test_a_feature_of_few_tokens_is_not_counted_again(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(often, "OFTEN", 2)
+    monkeypatch.setattr(common_tokens, "OFTEN", 2)
     shutil.copytree(built.folder, tmp_path / "one")
     np.save(tmp_path / "one" / "tokens.npy", np.full_like(built.tokens, 3))
-    often.write_often(tmp_path / "one", "0", 0)
-    one, feature = index.Index(tmp_path / "one"), int(search.statistics(built, 0)["count"].idxmax())
-    monkeypatch.setattr(read, "commonest", None)  # would fail if it were used
-    (row,) = read.top_tokens(one, 0, feature, 10).itertuples()
-    assert (row.token, row.count, row.share) == (3, read.count(built, 0, feature), 1.0)
+    common_tokens.write_often(tmp_path / "one", "0", 0)
+    one, feature = Index(tmp_path / "one"), int(search.statistics(built, 0)["count"].idxmax())
+    monkeypatch.setattr(feature_activations, "commonest", None)  # would fail if it were used
+    (row,) = feature_activations.top_tokens(one, 0, feature, 10).itertuples()
+    assert (row.token, row.count, row.share) == (3, feature_activations.count(built, 0, feature), 1.0)
 
 
 def test_context_shows_neighbours_and_stops_at_the_row(built, dense):
     feature = int(search.statistics(built, 0)["count"].idxmax())
     z = dense[0][:, feature].view(ROWS, WIDTH).numpy().astype(np.float16)
     for position in (0, 5, WIDTH - 1):
-        found = read.context(built, 0, feature, 2, position, before=3, after=2)
+        found = feature_activations.context(built, 0, feature, 2, position, before=3, after=2)
         start, stop = max(0, position - 3), min(WIDTH, position + 3)
         assert np.array_equal(found.activations, z[2, start:stop])
         assert np.array_equal(found.tokens, built.tokens[2, start:stop])
         assert found.centre == position - start
     with pytest.raises(ValueError, match="row 50 is outside the index"):
-        read.context(built, 0, feature, ROWS, 0)
+        feature_activations.context(built, 0, feature, ROWS, 0)
 
 
 def test_reading_takes_less_than_a_millisecond(built):
     """Of a small index here; of a large one in benchmarks/index.py. The best of many: others use the machine too."""
     feature = int(search.statistics(built, 0)["count"].idxmax())
-    for function in (read.count, read.histogram, read.top, read.bands, read.top_tokens):
+    for function in (
+        feature_activations.count,
+        feature_activations.histogram,
+        feature_activations.top,
+        feature_activations.bands,
+        feature_activations.top_tokens,
+    ):
         function(built, 0, feature)
         best = min(_seconds(function, built, feature) for _ in range(50))
         assert best < 1e-3, function.__name__
@@ -336,10 +362,10 @@ def test_connections_are_those_of_a_pass_over_the_text(model, transcoders, token
 
 
 def test_the_plan_predicts_size_and_bounds_memory(model, transcoders, tokens, built):
-    planned = index.plan(model, transcoders, tokens)
+    planned = plan(model, transcoders, tokens)
     real = sum(path.stat().st_size for path in built.folder.glob("*.npy"))
     assert planned.disk == pytest.approx(real, rel=0.1)
-    longer = index.plan(model, transcoders, tokens.repeat(8, 1))
+    longer = plan(model, transcoders, tokens.repeat(8, 1))
     assert longer.disk > 6 * planned.disk
     assert "activations" in str(planned)
 
@@ -350,7 +376,7 @@ def test_memory_does_not_grow_with_the_text(model, transcoders, tokens, tmp_path
 
     def peak(rows, folder):
         tracemalloc.start()
-        index.build_index(model, transcoders, rows, folder)
+        build_index(model, transcoders, rows, folder)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
@@ -358,7 +384,7 @@ def test_memory_does_not_grow_with_the_text(model, transcoders, tokens, tmp_path
     part = build.PART_TOKENS // WIDTH
     peak(tokens, tmp_path / "warm")
     once, thrice = (peak(tokens.repeat(n * part // ROWS + 1, 1), tmp_path / f"x{n}") for n in (1, 3))
-    planned = index.plan(model, transcoders, tokens.repeat(3 * part // ROWS + 1, 1))
+    planned = plan(model, transcoders, tokens.repeat(3 * part // ROWS + 1, 1))
     assert thrice < 1.5 * once and thrice < planned.memory
 
 
@@ -377,27 +403,27 @@ def test_an_interrupted_build_goes_on(model, transcoders, tokens, built, tmp_pat
 
     monkeypatch.setattr(build, "active_pairs", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        index.build_index(model, transcoders, tokens, tmp_path / "index")
+        build_index(model, transcoders, tokens, tmp_path / "index")
     assert not (tmp_path / "index").exists()
     kept = sorted(path.name for path in (tmp_path / "index.part").iterdir())
     assert kept == ["rows_000000000", "rows_000000016"]  # whole parts only
-    assert same_bytes(index.build_index(model, transcoders, tokens, tmp_path / "index"), built)
+    assert same_bytes(build_index(model, transcoders, tokens, tmp_path / "index"), built)
     assert len(calls) == 3 + 2  # the finished parts were not made again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index"]
 
 
-@pytest.mark.parametrize("where", [(store.ArrayFile, "write"), (often, "_entries")], ids=["arrays", "tables"])
+@pytest.mark.parametrize("where", [(index.ArrayFile, "write"), (common_tokens, "_entries")], ids=["arrays", "tables"])
 def test_a_full_disk_leaves_nothing(model, transcoders, tokens, tmp_path, monkeypatch, where):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(*where, full)
-    monkeypatch.setattr(often, "OFTEN", 50)
+    monkeypatch.setattr(common_tokens, "OFTEN", 50)
     with pytest.raises(ValueError, match="could not be written .No space left on device."):
-        index.build_index(model, transcoders, tokens, tmp_path / "index")
+        build_index(model, transcoders, tokens, tmp_path / "index")
     assert not (tmp_path / "index").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     monkeypatch.undo()
-    index.build_index(model, transcoders, tokens, tmp_path / "index")
+    build_index(model, transcoders, tokens, tmp_path / "index")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by a signal")
@@ -411,11 +437,11 @@ def test_a_killed_build_goes_on(tmp_path, monkeypatch):
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     subprocess.run(command, cwd=REPO, check=True, timeout=120)
-    found = index.Index(tmp_path / "index")
+    found = Index(tmp_path / "index")
     (tmp_path / "other").mkdir()
     monkeypatch.setattr(build, "PART_TOKENS", build.PART_TOKENS)  # which the worker changes
     index_worker.main(tmp_path / "other")
-    assert same_bytes(found, index.Index(tmp_path / "other" / "index"))
+    assert same_bytes(found, Index(tmp_path / "other" / "index"))
 
 
 # --- refusals
@@ -423,27 +449,27 @@ def test_a_killed_build_goes_on(tmp_path, monkeypatch):
 
 def test_another_model_or_text_is_refused_and_both_are_named(model, transcoders, tokens, built):
     other = {0: quiet(make_transcoder(0, seed=5)), 1: transcoders[1]}
-    made, found = store.fingerprint(transcoders[0]), store.fingerprint(other[0])
+    made, found = fingerprint(transcoders[0]), fingerprint(other[0])
     with pytest.raises(ValueError, match=f"transcoder {made} of layer 0, not from this one, {found}"):
         built.check(model, other)
     assert built.check(model, transcoders) is built
     with pytest.raises(ValueError, match=f"(?s){made}.*not.*{found}"):
-        index.build_index(model, other, tokens, built.folder)
+        build_index(model, other, tokens, built.folder)
     with pytest.raises(ValueError, match="was made from text .* not .*: use another folder"):
-        index.build_index(model, transcoders, tokens.flip(0), built.folder)
-    assert index.build_index(model, transcoders, tokens, built.folder).folder == built.folder
+        build_index(model, transcoders, tokens.flip(0), built.folder)
+    assert build_index(model, transcoders, tokens, built.folder).folder == built.folder
 
 
 def test_another_language_model_is_refused(built, transcoders, tmp_path):
     other = make_model(tmp_path, seed=1)
-    with pytest.raises(ValueError, match=f"{built.about['model']}, not from this one, {store.fingerprint(other)}"):
+    with pytest.raises(ValueError, match=f"{built.about['model']}, not from this one, {fingerprint(other)}"):
         built.check(other, transcoders)
 
 
 def test_half_precision_is_summed_in_full():
     layer = nn.Linear(768, 4096).requires_grad_(False)
     layer.weight.normal_(generator=torch.Generator().manual_seed(0))
-    assert store.fingerprint(layer.bfloat16()) == store.fingerprint(layer.bfloat16().float())
+    assert fingerprint(layer.bfloat16()) == fingerprint(layer.bfloat16().float())
 
 
 def test_the_fingerprint_forgives_rounding_and_nothing_else(transcoders):
@@ -452,50 +478,50 @@ def test_the_fingerprint_forgives_rounding_and_nothing_else(transcoders):
     same, trained = copy.deepcopy(transcoders[0]), copy.deepcopy(transcoders[0])
     same.W_enc *= 1 + 1e-8 * torch.randn_like(same.W_enc)
     trained.W_enc += 1e-3 * torch.randn_like(trained.W_enc)
-    names = [store.fingerprint(t) for t in (transcoders[0], same, trained)]
+    names = [fingerprint(t) for t in (transcoders[0], same, trained)]
     assert names[0] == names[1] != names[2]
 
 
 def test_merge_refuses_gaps_and_strangers(model, transcoders, tokens, tmp_path):
     for i in range(3):
-        index.build_index(model, transcoders, tokens, tmp_path / f"{i}", shard=(i, 3))
+        build_index(model, transcoders, tokens, tmp_path / f"{i}", shard=(i, 3))
     with pytest.raises(ValueError, match="rows 16 to 32 are missing or twice between 0 and 2"):
-        index.merge([tmp_path / "0", tmp_path / "2"], tmp_path / "out")
+        merge([tmp_path / "0", tmp_path / "2"], tmp_path / "out")
     with pytest.raises(ValueError, match="missing or twice"):
-        index.merge([tmp_path / "0", tmp_path / "0"], tmp_path / "out")
-    index.build_index(model, {0: transcoders[0]}, tokens, tmp_path / "stranger", shard=(1, 3))
+        merge([tmp_path / "0", tmp_path / "0"], tmp_path / "out")
+    build_index(model, {0: transcoders[0]}, tokens, tmp_path / "stranger", shard=(1, 3))
     with pytest.raises(ValueError, match="was made from layers"):
-        index.merge([tmp_path / "0", tmp_path / "stranger"], tmp_path / "out")
+        merge([tmp_path / "0", tmp_path / "stranger"], tmp_path / "out")
     with pytest.raises(ValueError, match="nothing to merge"):
-        index.merge([], tmp_path / "out")
+        merge([], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="exists: merge into a new folder"):
-        index.merge([tmp_path / "0"], tmp_path / "1")
+        merge([tmp_path / "0"], tmp_path / "1")
 
 
 def test_bad_input_gets_one_sentence(model, transcoders, tokens, built, tmp_path):
     with pytest.raises(ValueError, match="no index in .*: index.json is missing; make it with build_index"):
-        index.Index(tmp_path / "nowhere")
-    with pytest.raises(index.NeverFired, match="feature 0/6 never fired on the 749 tokens of this index"):
-        read.top(built, 0, 6)
-    assert read.count(built, 0, 6) == 0
+        Index(tmp_path / "nowhere")
+    with pytest.raises(NeverFired, match="feature 0/6 never fired on the 749 tokens of this index"):
+        feature_activations.top(built, 0, 6)
+    assert feature_activations.count(built, 0, 6) == 0
     with pytest.raises(ValueError, match="feature 64 is outside layer 0, which has features 0 to 63"):
-        read.top(built, 0, 64)
+        feature_activations.top(built, 0, 64)
     with pytest.raises(ValueError, match="feature -1 is outside"):
-        read.count(built, 0, -1)
+        feature_activations.count(built, 0, -1)
     with pytest.raises(ValueError, match=r"layer 2 is not in this index, which has layers \[0, 1\]"):
-        read.top(built, 2, 0)
+        feature_activations.top(built, 2, 0)
     with pytest.raises(ValueError, match="text"):
-        index.build_index(model, transcoders, tokens[:0], tmp_path / "index")
+        build_index(model, transcoders, tokens[:0], tmp_path / "index")
     with pytest.raises(ValueError, match="no transcoder to index"):
-        index.build_index(model, {}, tokens, tmp_path / "index")
+        build_index(model, {}, tokens, tmp_path / "index")
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match="exists and holds no index: choose a new folder"):
-        index.build_index(model, transcoders, tokens, tmp_path / "mine")
+        build_index(model, transcoders, tokens, tmp_path / "mine")
     (tmp_path / "mine").rmdir()
     for shard, sentence in {(3, 3): "counts from 0", (0, 9): "9 shards of 50 rows: at most 4"}.items():
         with pytest.raises(ValueError, match=sentence):
-            index.build_index(model, transcoders, tokens, tmp_path / "index", shard=shard)
+            build_index(model, transcoders, tokens, tmp_path / "index", shard=shard)
     assert not list(tmp_path.iterdir())
 
 
@@ -505,25 +531,25 @@ def test_a_damaged_index_gets_one_sentence(built, tmp_path):
         shutil.copytree(built.folder, folder)
         (folder / name).write_bytes(content)
         with pytest.raises(ValueError, match="is damaged"):
-            index.Index(folder)
+            Index(folder)
     np.save(folder / "layer_1.often.npy", np.zeros(3))
     shutil.copy(built.folder / "layer_1.offsets.npy", folder)
     with pytest.raises(ValueError, match="is damaged: a table of tokens has other columns"):
-        index.Index(folder)
+        Index(folder)
 
 
 def test_an_index_of_another_version_is_refused_with_what_to_do(built, tmp_path):
     shutil.copytree(built.folder, tmp_path / "old")
     (tmp_path / "old" / "index.json").write_text(json.dumps(built.about | {"format": 1}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"another version \(format 1, not 2\): remove it and build it again"):
-        index.Index(tmp_path / "old")
+        Index(tmp_path / "old")
 
 
 def test_an_activation_beyond_float16_is_refused():
     transcoder = make_transcoder(0)
     transcoder.b_enc += 1e5
     with pytest.raises(ValueError, match="does not fit float16"):
-        pairs.Finder(transcoder)(torch.zeros(4, 32))
+        active.Finder(transcoder)(torch.zeros(4, 32))
 
 
 # --- summaries
@@ -531,26 +557,26 @@ def test_an_activation_beyond_float16_is_refused():
 
 def test_a_summary_survives_the_disk(model, transcoders, built, tmp_path):
     truth = pd.DataFrame({"even": built.flat_tokens[built.kept] % 2 == 0})
-    summary = index.summarise(built, truth)
-    index.save_summary(summary, tmp_path / "s.npz")
-    again = index.load_summary(model, transcoders, tmp_path / "s.npz")
+    summary = summarise(built, truth)
+    save_summary(summary, tmp_path / "s.npz")
+    again = load_summary(model, transcoders, tmp_path / "s.npz")
     pd.testing.assert_frame_equal(summary.features, again.features, check_dtype=False, rtol=2e-3, atol=1e-4)
     pd.testing.assert_frame_equal(summary.examples, again.examples, check_dtype=False)
     assert np.array_equal(summary.tokens, again.tokens)
     with pytest.raises(ValueError, match="was made from .* as layer 0, not from"):
-        index.load_summary(model, {0: make_transcoder(0, seed=9)}, tmp_path / "s.npz")
+        load_summary(model, {0: make_transcoder(0, seed=9)}, tmp_path / "s.npz")
     with pytest.raises(ValueError, match="no summary at"):
-        index.load_summary(model, transcoders, tmp_path / "none.npz")
+        load_summary(model, transcoders, tmp_path / "none.npz")
     (tmp_path / "s.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="damaged"):
-        index.load_summary(model, transcoders, tmp_path / "s.npz")
+        load_summary(model, transcoders, tmp_path / "s.npz")
 
 
 def test_the_bundled_summary_is_of_the_bundled_weights_and_right():
     import tclib as tc
 
     model, transcoders = tc.load_model(device="cpu"), tc.load_transcoders(device="cpu")
-    summary = index.load_summary(model, transcoders)
+    summary = load_summary(model, transcoders)
     rows = 4
     labelled = text.chronicle(model, rows)
     assert np.array_equal(summary.tokens[:rows], labelled.tokens.numpy())
@@ -560,24 +586,24 @@ def test_the_bundled_summary_is_of_the_bundled_weights_and_right():
         z = transcoders[row.layer].encode(acts[row.layer].x[row.row, row.position])[row.feature].item()
         assert z == pytest.approx(row.activation, rel=2e-3, abs=1e-2)
     assert len(few) > 20
-    assert set(latents.truth(labelled)) & set(summary.features["latent"].dropna())
+    assert set(ground_truth.truth(labelled)) & set(summary.features["latent"].dropna())
 
 
 @pytest.mark.parametrize("way", ["bfloat16", "int8"])
 @pytest.mark.parametrize("activation", ["relu", "jumprelu"])
 def test_screening_finds_what_the_plain_way_finds(activation, way, monkeypatch):
     """Up to pairs at the very edge, where float32 sums in another order decide."""
-    if way == "int8" and not integers.int8_hardware():
+    if way == "int8" and not int8.int8_hardware():
         pytest.skip("this processor or torch has no fast int8")
-    monkeypatch.setattr(pairs, "int8_hardware", lambda: way == "int8")
-    monkeypatch.setattr(integers, "LOOSE", 9.0)
+    monkeypatch.setattr(active, "int8_hardware", lambda: way == "int8")
+    monkeypatch.setattr(int8, "LOOSE", 9.0)
     transcoder = make_transcoder(0, d_features=512, activation=activation)
     transcoder.b_enc -= 2
     x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
-    plain = pairs.Finder(transcoder)
-    monkeypatch.setattr(pairs, "SCREENED_FROM", 0)
-    monkeypatch.setattr(pairs, "bfloat16_hardware", lambda: True)
-    screened = pairs.Finder(transcoder)
+    plain = active.Finder(transcoder)
+    monkeypatch.setattr(active, "SCREENED_FROM", 0)
+    monkeypatch.setattr(active, "bfloat16_hardware", lambda: True)
+    screened = active.Finder(transcoder)
     assert plain.screen is None and screened.screen is not None
     if way == "int8":
         screened.screen = {"not": "used"}
@@ -595,5 +621,5 @@ def test_the_pass_stops_before_the_last_mlp(model, transcoders, tokens, tmp_path
         raise AssertionError("the last MLP ran")
 
     with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", forbidden)]):
-        index.build_index(model, {0: transcoders[0]}, tokens, tmp_path / "index")
+        build_index(model, {0: transcoders[0]}, tokens, tmp_path / "index")
     assert torch.isfinite(model(tokens[:1])).all()  # and the model is as it was

@@ -12,34 +12,22 @@ import pytest
 import torch
 
 import tclib as tc
-from tclib import (
-    attention,
-    circuits,
-    connections,
-    dashboard,
-    edits,
-    evaluation,
-    factorisation,
-    formats,
-    graph,
-    index,
-    intervene,
-    targets,
-    training,
-)
+from tclib import checkpoints, connections, evaluation, factorisation, interventions, targets, training
 from tclib.activations import hook_in, mlp_activations
-from tclib.blind import cases, sealed
-from tclib.circuits import best_first
-from tclib.evaluation import controls
-from tclib.explore.files import load_graph, save_graph
-from tclib.explorers import microscope
-from tclib.formats import save_graph_json
-from tclib.index import connect, read, search
+from tclib.blind import sealed
+from tclib.circuits import attention, graph, neuronpedia, path_search, validation
+from tclib.circuits.graph_files import load_graph, save_graph
+from tclib.circuits.neuronpedia import save_graph_json
+from tclib.circuits.one_step import prompt_graph
+from tclib.circuits.path_search import best_first
+from tclib.evaluation import baselines
+from tclib.features import Index, build_index, connect, dashboard, feature_activations, plan, search
 from tclib.inputs import check_tokens
 from tclib.model import to_tokens
-from tclib.prompt_graph import prompt_graph
+from tclib.tasks import case_studies
 from tclib.tasks import greater_than as gt
 from tclib.transcoder import Transcoder
+from tclib.ui import microscope
 from tests import foreign
 from tests.tiny import make_model, make_transcoder
 
@@ -145,12 +133,12 @@ def entrances(model, folder) -> dict:
         "cross_entropy": lambda rows: evaluation.cross_entropy(model, rows, []),
         "train": lambda rows: tc.train(model, rows, [0], config),
         "cache": lambda rows: training.cache_activations(model, rows, [0], folder / "cache"),
-        "index": lambda rows: index.build_index(model, transcoders, rows, folder / "index"),
-        "plan": lambda rows: index.plan(model, transcoders, rows),
-        "check_fit": lambda rows: formats.check_fit(model, transcoders, rows),
+        "index": lambda rows: build_index(model, transcoders, rows, folder / "index"),
+        "plan": lambda rows: plan(model, transcoders, rows),
+        "check_fit": lambda rows: checkpoints.check_fit(model, transcoders, rows),
         "activations": lambda rows: list(mlp_activations(model, rows, [0])),
         "data_weighted": lambda rows: connections.data_weighted(model, transcoders, rows, 0, 1, 3),
-        "run": lambda rows: intervene.run(model, rows, []),
+        "run": lambda rows: interventions.run(model, rows, []),
         "sealed": lambda rows: sealed.activations(model, rows, {"x": transcoders[0]}),
         "greater-than": lambda rows: gt.run(model, gt.Prompts((rows,), pd.DataFrame(), pd.DataFrame())),
         "at last token": lambda rows: gt.at_last_token(
@@ -163,7 +151,7 @@ def prompt_entrances(model) -> dict:
     transcoders = {0: make_transcoder(0)}
     return {
         "trace": lambda row: tc.trace(model, transcoders, row, check_fit=False),
-        "cases": lambda row: cases.activation(model, transcoders, row, 0, 1),
+        "cases": lambda row: case_studies.activation(model, transcoders, row, 0, 1),
     }
 
 
@@ -200,8 +188,8 @@ def test_models_without_bos_say_so(tmp_path, tokens):
     assert len(tc.trace(lm, transcoders, "w1 w2", check_fit=False).tokens) == 2
     text = tc.load_text(lm, "chronicle", 3)
     assert text.shape == (3, 16) and (text != 40).all()
-    index.build_index(lm, transcoders, rows, tmp_path / "index")
-    assert index.Index(tmp_path / "index").n_tokens == rows.numel()
+    build_index(lm, transcoders, rows, tmp_path / "index")
+    assert Index(tmp_path / "index").n_tokens == rows.numel()
     lm.cfg.default_prepend_bos = True
     lm.tokenizer.bos_token = None
     one_sentence(lambda: tc.trace(lm, transcoders, "w1"), "has no BOS token: if the model was trained without one")
@@ -233,7 +221,7 @@ def place(model, tokens, tmp_path_factory):
     """A model with transcoders, a trace, an index and a target at the end."""
     transcoders = {0: make_transcoder(0), 1: make_transcoder(1)}
     traced = tc.trace(model, transcoders, "w1 w5 w2", check_fit=False)
-    built = index.build_index(model, transcoders, tokens, tmp_path_factory.mktemp("index") / "all")
+    built = build_index(model, transcoders, tokens, tmp_path_factory.mktemp("index") / "all")
     return model, transcoders, traced, built, targets.logit(traced, "w3"), tokens
 
 
@@ -244,19 +232,19 @@ FEATURES = {
     "data_weighted": lambda p, f: connections.data_weighted(p[0], p[1], p[5], 0, 1, f),
     "incoming": lambda p, f: connect.incoming(p[3], p[1], 1, f),
     "outgoing": lambda p, f: connect.outgoing(p[3], p[1], 0, f),
-    "count": lambda p, f: read.count(p[3], 0, f),
-    "top": lambda p, f: read.top(p[3], 0, f),
+    "count": lambda p, f: feature_activations.count(p[3], 0, f),
+    "top": lambda p, f: feature_activations.top(p[3], 0, f),
     "often": lambda p, f: p[3].often(0, f),
     "co_firing": lambda p, f: search.co_firing(p[3], 0, f),
     "similar": lambda p, f: search.by_similarity(p[1][0], f),
     "dashboard": lambda p, f: dashboard.collect(p[0], p[1], p[3], 0, f),
-    "keep": lambda p, f: intervene.keep_features(0, p[1][0], [f]),
-    "set": lambda p, f: intervene.set_features(0, p[1][0], [f]),
-    "scale": lambda p, f: intervene.scale_features(0, p[1][0], [f], 2.0),
-    "edits": lambda p, f: edits.compare(
+    "keep": lambda p, f: interventions.keep_features(0, p[1][0], [f]),
+    "set": lambda p, f: interventions.set_features(0, p[1][0], [f]),
+    "scale": lambda p, f: interventions.scale_features(0, p[1][0], [f], 2.0),
+    "edits": lambda p, f: validation.compare(
         p[2], pd.DataFrame({"layer": [0], "position": [1], "feature": pd.Series([f], dtype=object)}), [p[4]]
     ),
-    "case": lambda p, f: cases.activation(p[0], p[1], p[2].tokens, 0, f),
+    "case": lambda p, f: case_studies.activation(p[0], p[1], p[2].tokens, 0, f),
     "seal": lambda p, f: sealed.Seal(p[0], p[1], 0, f, p[5], np.ones(tuple(p[5].shape), np.float32)),
     "writes": lambda p, f: microscope.writes(p[2], 0, f),
 }
@@ -270,23 +258,23 @@ OTHERS = {  # of a layer, a head and a position: what the model of two layers, f
         "score": lambda p, n: attention.score_terms(p[2], n, 0, 2, 1),
         "output": lambda p, n: attention.output_terms(p[2], p[4], n, 0),
         "neurons": lambda p, n: factorisation.by_neurons(p[2], n, -1, p[4].reader),
-        "top neurons": lambda p, n: controls.top_neurons(p[0], n, 2, torch.zeros(128)),
+        "top neurons": lambda p, n: baselines.top_neurons(p[0], n, 2, torch.zeros(128)),
         "gain": lambda p, n: p[2].gain("attn_in", n),
         "scale": lambda p, n: p[2].scale("mlp_in", n),
-        "ablate": lambda p, n: intervene.run(p[0], p[5], intervene.ablate_mlp(n)),
+        "ablate": lambda p, n: interventions.run(p[0], p[5], interventions.ablate_mlp(n)),
         "activations": lambda p, n: list(mlp_activations(p[0], p[5], [n])),
         "train": lambda p, n: tc.train(p[0], p[5], [n], tc.TrainConfig(rows=4, steps=1, d_features=8)),
         "keyed": lambda p, n: tc.trace(p[0], {n: p[1][0]}, "w1 w2"),
         "evaluate": lambda p, n: tc.evaluate(p[0], {n: p[1][0]}, p[5]),
-        "url": lambda p, n: formats.neuronpedia_url(-1 if n == 2 else n, 1),
+        "url": lambda p, n: neuronpedia.neuronpedia_url(-1 if n == 2 else n, 1),
     }),
     "head": ([-1, 4, 1.5, "0", None, True], {
         "reader": lambda p, n: connections.reader(p[2], p[4], [(0, n)]),
         "head_source": lambda p, n: targets.head_source(p[2], p[4], 0, n, 1),
         "score": lambda p, n: attention.score_terms(p[2], 0, n, 2, 1),
         "score target": lambda p, n: attention.score_target(p[2], 0, n, 2, 1, "key"),
-        "ablate": lambda p, n: intervene.run(p[0], p[5], intervene.ablate_head(0, n)),
-        "patch": lambda p, n: cases.patch(p[0], p[2].tokens, 0, n, 1, "v"),
+        "ablate": lambda p, n: interventions.run(p[0], p[5], interventions.ablate_head(0, n)),
+        "patch": lambda p, n: case_studies.patch(p[0], p[2].tokens, 0, n, 1, "v"),
     }),
     "position": ([4, -5, 1.5, "0", None, True], {
         "target": lambda p, n: targets.feature(p[2], 0, 0, n),
@@ -295,8 +283,8 @@ OTHERS = {  # of a layer, a head and a position: what the model of two layers, f
         "active": lambda p, n: p[2].active(n),
         "features": lambda p, n: factorisation.by_features(p[2], 0, n, p[4].reader),
         "score": lambda p, n: attention.score_terms(p[2], 0, 0, n, 0),
-        "ablate": lambda p, n: intervene.run(p[0], p[2].tokens[None], intervene.ablate_mlp(0, 0.0, [n])),
-        "case": lambda p, n: cases.activation(p[0], p[1], p[2].tokens, 0, 1, n),
+        "ablate": lambda p, n: interventions.run(p[0], p[2].tokens[None], interventions.ablate_mlp(0, 0.0, [n])),
+        "case": lambda p, n: case_studies.activation(p[0], p[1], p[2].tokens, 0, 1, n),
         "writes": lambda p, n: microscope.writes(p[2], 0, 1, n),
     }),
 }  # fmt: skip
@@ -327,11 +315,11 @@ def test_a_transcoder_of_another_layer_is_refused_where_a_layer_is_named(place):
     sae = make_transcoder(1)
     sae.config = sae.config.model_copy(update={"hook_out": sae.config.hook_in})
     for call in (
-        lambda: intervene.replace_mlp(0, other),
-        lambda: intervene.keep_features(0, other, [1]),
-        lambda: intervene.set_features(0, other, [1]),
-        lambda: intervene.scale_features(0, other, [1], 2.0),
-        lambda: intervene.reencode_input(0, sae),
+        lambda: interventions.replace_mlp(0, other),
+        lambda: interventions.keep_features(0, other, [1]),
+        lambda: interventions.set_features(0, other, [1]),
+        lambda: interventions.scale_features(0, other, [1], 2.0),
+        lambda: interventions.reencode_input(0, sae),
         lambda: tc.trace(model, {0: other}, "w1"),
         lambda: tc.evaluate(model, {0: other}, tokens),
         lambda: evaluation.measure(model, {0: other}, tokens, groups={}),
@@ -387,8 +375,8 @@ def test_another_precision_than_the_models_is_one_sentence(model, tokens, tmp_pa
     for call in (
         lambda: tc.trace(model, loaded, "w1 w2"),
         lambda: tc.evaluate(model, loaded, tokens),
-        lambda: index.build_index(model, loaded, tokens, tmp_path / "index"),
-        lambda: intervene.run(model, tokens, intervene.replace_mlp(0, loaded[0])),
+        lambda: build_index(model, loaded, tokens, tmp_path / "index"),
+        lambda: interventions.run(model, tokens, interventions.replace_mlp(0, loaded[0])),
         lambda: loaded[0](torch.zeros(3, 32)),
     ):
         one_sentence(call, f"is in {name}.*load_transcoders")
@@ -419,11 +407,11 @@ def test_hooks_of_the_same_place_are_taken_and_named(model, tokens, tmp_path):
     assert torch.equal(a.features[0], b.features[0])
     with pytest.warns(UserWarning, match="mlp.hook_out of the transcoder of layer 0 is taken as blocks.0.hook_mlp_out"):
         pd.testing.assert_frame_equal(tc.evaluate(model, plain, tokens), tc.evaluate(model, other, tokens))
-        index.build_index(model, other, tokens, tmp_path / "other")
-    index.build_index(model, plain, tokens, tmp_path / "plain")
-    first, second = (index.Index(tmp_path / name).flat(0)[0] for name in ("plain", "other"))
+        build_index(model, other, tokens, tmp_path / "other")
+    build_index(model, plain, tokens, tmp_path / "plain")
+    first, second = (Index(tmp_path / name).flat(0)[0] for name in ("plain", "other"))
     assert (first == second).all()
-    logits = [intervene.run(model, tokens, intervene.keep_features(0, t[0], [1, 2])) for t in (plain, other)]
+    logits = [interventions.run(model, tokens, interventions.keep_features(0, t[0], [1, 2])) for t in (plain, other)]
     assert torch.equal(*logits)
     raw = make_model(tmp_path / "raw", processed=False)
     one_sentence(lambda: tc.trace(raw, other, "w1"), "behind LayerNorm's gain and bias, which this model has")
@@ -443,6 +431,6 @@ def test_a_search_without_threshold_ends_and_says_what_may_be_missing(bundled, m
     larger = best_first(whole, targets.logit(traced, "45"), found.guarantee * 1.001)
     assert {path.nodes for path in larger.paths} <= {path.nodes for path in found.paths}
     assert larger.guarantee == found.guarantee * 1.001
-    monkeypatch.setattr(circuits, "LIMIT", 3)
+    monkeypatch.setattr(path_search, "LIMIT", 3)
     with pytest.warns(UserWarning, match="stopped at its limit .*; raise the threshold"):
         best_first(whole, targets.logit(traced, "45"), 0)

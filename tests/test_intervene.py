@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import tclib as tc
-from tclib import edits, intervene, targets
+from tclib import interventions, targets
 from tclib.activations import hook_in, hook_out
+from tclib.circuits import validation
 from tests.tiny import make_model, make_transcoder
 
 
@@ -27,14 +28,14 @@ def tokens():
 def outputs(model, tokens, hooks, name):
     seen = {}
     watch = (name, lambda value, hook: seen.update(value=value.clone()))
-    intervene.run(model, tokens, [*hooks, watch])
+    interventions.run(model, tokens, [*hooks, watch])
     return seen["value"]
 
 
 def test_replacing_and_keeping_every_feature_are_the_same(model, tokens):
     transcoder = make_transcoder(1)
-    replaced = intervene.run(model, tokens, intervene.replace_mlp(1, transcoder))
-    kept = intervene.run(model, tokens, intervene.keep_features(1, transcoder, range(64)))
+    replaced = interventions.run(model, tokens, interventions.replace_mlp(1, transcoder))
+    kept = interventions.run(model, tokens, interventions.keep_features(1, transcoder, range(64)))
     torch.testing.assert_close(replaced, kept)
     assert not torch.allclose(replaced, model(tokens), atol=1e-2)
 
@@ -42,7 +43,7 @@ def test_replacing_and_keeping_every_feature_are_the_same(model, tokens):
 def test_keep_holds_the_rest_at_its_value(model, tokens):
     transcoder = make_transcoder(1)
     rest = torch.rand(64)
-    hooks = intervene.keep_features(1, transcoder, [3, 5], rest, positions=-1)
+    hooks = interventions.keep_features(1, transcoder, [3, 5], rest, positions=-1)
     x = outputs(model, tokens, [], hook_in(1))
     z = rest.repeat(3, 1)
     z[:, [3, 5]] = transcoder.encode(x[:, -1])[:, [3, 5]]
@@ -55,17 +56,17 @@ def test_setting_a_feature_moves_the_output_by_its_decoder_row(model, tokens):
     transcoder = make_transcoder(0)
     x = outputs(model, tokens, [], hook_in(0))
     z = transcoder.encode(x)[..., 7]
-    got = outputs(model, tokens, intervene.set_features(0, transcoder, [7], 2.0), hook_out(0))
+    got = outputs(model, tokens, interventions.set_features(0, transcoder, [7], 2.0), hook_out(0))
     moved = got - outputs(model, tokens, [], hook_out(0))
     torch.testing.assert_close(moved, (2.0 - z)[..., None] * transcoder.W_dec[7], atol=1e-4, rtol=1e-4)
 
 
 def test_ablations(model, tokens):
-    assert outputs(model, tokens, intervene.ablate_mlp(0), hook_out(0)).abs().max() == 0
+    assert outputs(model, tokens, interventions.ablate_mlp(0), hook_out(0)).abs().max() == 0
     mean = torch.randn(32)
-    got = outputs(model, tokens, intervene.ablate_mlp(0, mean, positions=-1), hook_out(0))
+    got = outputs(model, tokens, interventions.ablate_mlp(0, mean, positions=-1), hook_out(0))
     torch.testing.assert_close(got[:, -1], mean.expand(3, 32))
-    z = outputs(model, tokens, intervene.ablate_head(1, 2), "blocks.1.attn.hook_z")
+    z = outputs(model, tokens, interventions.ablate_head(1, 2), "blocks.1.attn.hook_z")
     assert z[:, :, 2].abs().max() == 0 and z[:, :, 1].abs().max() > 0
 
 
@@ -73,7 +74,7 @@ def test_an_sae_of_the_output_reconstructs_the_output(model, tokens):
     sae = make_transcoder(0)
     sae.config = sae.config.model_copy(update={"hook_in": hook_out(0)})
     y = outputs(model, tokens, [], hook_out(0))
-    torch.testing.assert_close(outputs(model, tokens, intervene.replace_mlp(0, sae), hook_out(0)), sae(y))
+    torch.testing.assert_close(outputs(model, tokens, interventions.replace_mlp(0, sae), hook_out(0)), sae(y))
 
 
 def test_the_model_is_restored_also_after_an_error(model, tokens):
@@ -82,9 +83,9 @@ def test_the_model_is_restored_also_after_an_error(model, tokens):
     def broken(value, hook):
         raise KeyboardInterrupt
 
-    hooks = [*intervene.ablate_mlp(0), (hook_out(1), broken)]
+    hooks = [*interventions.ablate_mlp(0), (hook_out(1), broken)]
     with pytest.raises(KeyboardInterrupt):
-        intervene.run(model, tokens, hooks)
+        interventions.run(model, tokens, hooks)
     assert torch.equal(model(tokens), before)
 
 
@@ -94,9 +95,9 @@ def test_set_scale_and_remove_at_chosen_positions_of_many_prompts(model, tokens,
     x, y = outputs(model, tokens, [], hook_in(0)), outputs(model, tokens, [], hook_out(0))
     z = transcoder.encode(x)[..., [7, 9]]
     for hooks, new in (
-        (intervene.set_features(0, transcoder, [7, 9], 2.0, positions), torch.full_like(z, 2.0)),
-        (intervene.scale_features(0, transcoder, [7, 9], factor, positions), factor * z),
-        (intervene.set_features(0, transcoder, [7, 9], 0.0, positions), torch.zeros_like(z)),
+        (interventions.set_features(0, transcoder, [7, 9], 2.0, positions), torch.full_like(z, 2.0)),
+        (interventions.scale_features(0, transcoder, [7, 9], factor, positions), factor * z),
+        (interventions.set_features(0, transcoder, [7, 9], 0.0, positions), torch.zeros_like(z)),
     ):
         expected = y.clone()
         expected[:, positions] += ((new - z) @ transcoder.W_dec[[7, 9]])[:, positions]
@@ -105,7 +106,7 @@ def test_set_scale_and_remove_at_chosen_positions_of_many_prompts(model, tokens,
 
 @pytest.mark.parametrize("what", ["patterns", "scales", "values", "mlps"])
 def test_what_is_held_does_not_answer_and_the_rest_does(model, tokens, what):
-    edit = intervene.set_features(0, make_transcoder(0), [7], 5.0)
+    edit = interventions.set_features(0, make_transcoder(0), [7], 5.0)
     name = {
         "patterns": "blocks.1.attn.hook_pattern", "scales": "blocks.1.ln1.hook_scale",
         "values": "blocks.1.attn.hook_v", "mlps": hook_out(1),
@@ -113,10 +114,10 @@ def test_what_is_held_does_not_answer_and_the_rest_does(model, tokens, what):
     _, cache = model.run_with_cache(tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        held = outputs(model, tokens, intervene.hold(cache, [what]) + edit, name)
+        held = outputs(model, tokens, interventions.hold(cache, [what]) + edit, name)
     assert torch.equal(held, cache[name])
     assert not torch.allclose(outputs(model, tokens, edit, name), cache[name], atol=1e-3)
-    torch.testing.assert_close(model(tokens), intervene.run(model, tokens, intervene.hold(cache, [what])))
+    torch.testing.assert_close(model(tokens), interventions.run(model, tokens, interventions.hold(cache, [what])))
 
 
 KINDS = [("gpt2", True, {}), ("gpt2", False, {}), ("neox", True, {}), ("neox", False, {"activation": "topk", "k": 8})]
@@ -146,7 +147,7 @@ def test_removing_a_feature_changes_a_later_one_by_its_row_in_the_table(trace):
     target = targets.feature(trace, 2, 9)
     table = tc.attribute(trace, target)
     rows = table[table["kind"] == "feature"].head(10)
-    measured = edits.measure(trace, rows, [target], [*LINEAR, "values"])[:, 0]
+    measured = validation.measure(trace, rows, [target], [*LINEAR, "values"])[:, 0]
     assert measured.numpy() == pytest.approx(-rows["contribution"].to_numpy(), abs=1e-9)
     assert abs(measured).max() > 1e-2
 
@@ -165,9 +166,9 @@ def test_through_attention_the_opened_heads_predict_it(trace):
         for row in table[(table["kind"] == "head") & (table["layer"] > 0)].itertuples():
             if row.position >= 3:
                 queue.append(targets.head_source(trace, current, row.layer, row.head, row.position))
-    measured = edits.measure(trace, removed, [target], LINEAR)[:, 0]
+    measured = validation.measure(trace, removed, [target], LINEAR)[:, 0]
     assert measured.numpy() == pytest.approx(expected, abs=1e-9)
-    both = edits.compare(trace, removed, [target], LINEAR)
+    both = validation.compare(trace, removed, [target], LINEAR)
     assert both["predicted"].to_numpy() == pytest.approx(expected, abs=1e-9)
     assert both["measured"].to_numpy() == pytest.approx(expected, abs=1e-9)
 
@@ -176,7 +177,7 @@ def test_new_activations_and_many_targets(trace):
     changed = pd.DataFrame(strongest(trace, 0, 2) + strongest(trace, 1, -1)).assign(new=2.5)
     asked = [targets.feature(trace, 2, 9), targets.feature(trace, 1, 4, position=3), targets.logit(trace, "w3")]
     for held in (LINEAR, [*LINEAR, "values"]):
-        table = edits.compare(trace, changed, asked, held)
+        table = validation.compare(trace, changed, asked, held)
         assert table["measured"].to_numpy() == pytest.approx(table["predicted"].to_numpy(), abs=1e-9)
     assert len(table) == 6 and set(table["position"]) == {5}  # directly, and only later layers at the same token
 
@@ -184,12 +185,12 @@ def test_new_activations_and_many_targets(trace):
 def test_with_nothing_held_the_model_answers_differently(trace):
     before = trace.model(trace.tokens[None])
     removed = pd.DataFrame(strongest(trace, 0, 3))
-    table = edits.compare(trace, removed, [targets.logit(trace, "w3")])
+    table = validation.compare(trace, removed, [targets.logit(trace, "w3")])
     assert (table["predicted"] - table["measured"]).abs().max() > 1e-3
-    hooks = intervene.set_features(0, trace.transcoders[0], [removed["feature"][0]], 0.0, positions=3)
-    after = intervene.run(trace.model, trace.tokens[None], hooks)[0, -1]
+    hooks = interventions.set_features(0, trace.transcoders[0], [removed["feature"][0]], 0.0, positions=3)
+    after = interventions.run(trace.model, trace.tokens[None], hooks)[0, -1]
     target = targets.logit_difference(trace, "w3", "w4")
-    measured = edits.measure(trace, removed, [target])[0, 0]
+    measured = validation.measure(trace, removed, [target])[0, 0]
     assert measured.item() == pytest.approx(((after[3] - after[4]) - (before[0, -1, 3] - before[0, -1, 4])).item())
     assert torch.equal(trace.model(trace.tokens[None]), before)
 
@@ -208,7 +209,7 @@ def test_wrong_edits_get_one_sentence(trace, edit, sentence):
     if edit.get("feature", 0) is None:
         edit = edit | {"feature": int((trace.features[0][1] == 0).nonzero()[0])}
     with pytest.raises(ValueError, match=sentence):
-        edits.compare(trace, pd.DataFrame([edit]), [targets.logit(trace, "w3")])
+        validation.compare(trace, pd.DataFrame([edit]), [targets.logit(trace, "w3")])
 
 
 def test_a_prediction_through_skip_paths_needs_free_mlps(model):
@@ -216,17 +217,17 @@ def test_a_prediction_through_skip_paths_needs_free_mlps(model):
     trace = tc.trace(model, skips, "w1 w5 w2", check_fit=False)
     removed, target = pd.DataFrame(strongest(trace, 0, -1, 1)), targets.logit(trace, "w3")
     with pytest.raises(ValueError, match="held MLPs cut"):
-        edits.compare(trace, removed, [target], LINEAR)
-    table = edits.compare(trace, removed, [target], [*LINEAR, "values"])
+        validation.compare(trace, removed, [target], LINEAR)
+    table = validation.compare(trace, removed, [target], [*LINEAR, "values"])
     assert table["measured"].item() == pytest.approx(table["predicted"].item(), abs=1e-3)
 
 
 def test_wrong_requests_get_one_sentence(model, tokens):
     with pytest.raises(ValueError, match="'softmax'.*cannot be held"):
-        intervene.hold({}, ["softmax"])
+        interventions.hold({}, ["softmax"])
     with pytest.raises(ValueError, match="no attn.hook_v"):
-        intervene.hold({}, ["values"])
+        interventions.hold({}, ["values"])
     with pytest.raises(ValueError, match="cannot replace the MLP of layer 0"):
-        intervene.replace_mlp(0, make_transcoder(1))
+        interventions.replace_mlp(0, make_transcoder(1))
     with pytest.raises(ValueError, match="feature 64 is outside the transcoder, which has features 0 to 63"):
-        intervene.keep_features(0, make_transcoder(0), [64])
+        interventions.keep_features(0, make_transcoder(0), [64])

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import tclib as tc
 from tclib.blocks import Block, check_architecture
-from tclib.memory import check_memory
+from tclib.io.memory import check_memory
 from tclib.model import layer_norms
 from tests.tiny import make_model
 
@@ -106,7 +106,7 @@ def test_an_index_that_does_not_fit_its_folder_gets_one_sentence(tmp_path, weigh
 
 def test_what_does_not_fit_into_memory_is_said_before(tmp_path, monkeypatch):
     make_model(tmp_path)
-    monkeypatch.setattr("tclib.memory.available_memory", lambda device="cpu": 1000)
+    monkeypatch.setattr("tclib.io.memory.available_memory", lambda device="cpu": 1000)
     with pytest.raises(ValueError, match=r"this needs model .* \+ while it loads .* GB of memory and .* are available"):
         tc.load_model(str(tmp_path), device="cpu")
 

@@ -17,9 +17,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import tclib
-from tclib import paths
 from tclib.cli import smollm2
-from tclib.gguf_model import PACKAGE
+from tclib.io import paths
+from tclib.io.gguf_model import PACKAGE
 from tests.conftest import COMMITTED, REPO
 from tools import execute, readme_table
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tclib.intervene import ablate_head
+from tclib.interventions import ablate_head
+from tclib.tasks import gated_circuit as sc
 from tclib.tasks import greater_than as gt
-from tclib.tasks import small_circuit as sc
 from tests.test_greater_than import make_tokenizer, model, tokenizer  # noqa: F401
 from tests.tiny import make_transcoder
 

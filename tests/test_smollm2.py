@@ -9,8 +9,9 @@ import torch
 from huggingface_hub import constants
 
 import tclib as tc
-from tclib import gguf_model, model
+from tclib import model
 from tclib.cli import smollm2
+from tclib.io import gguf_model
 from tests import gguf_files
 from tests.hub_server import Hub
 from tests.tiny import make_model

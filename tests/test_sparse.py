@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tclib as tc
-from tclib.training import active, integers, screening
-from tclib.training.pairs import Pairs
-from tclib.training.sparse import SparseStudent, make_student
-from tclib.training.student import Student
+from tclib.training.fast import active_pairs, int8, screening
+from tclib.training.fast.pairs import Pairs
+from tclib.training.fast.sparse_step import SparseStudent, make_student
+from tclib.training.trainer import Student
 from tests.rank_worker import assert_one_and_two_agree, launch
 from tests.tiny import make_model
 
@@ -24,7 +24,7 @@ KINDS = {
 }
 WIDTH, FEATURES, TOKENS = 24, 320, 300
 WAYS = {"exact": 0.0, "bfloat16": 1.0, "int8": 1.0}  # screen_below
-needs_int8 = pytest.mark.skipif(not integers.int8_hardware(), reason="this processor or torch has no fast int8")
+needs_int8 = pytest.mark.skipif(not int8.int8_hardware(), reason="this processor or torch has no fast int8")
 
 
 def config(kind, **changes):
@@ -63,7 +63,7 @@ def twins(kind, dtype=torch.float64, **changes):
 @pytest.mark.parametrize("way", ["exact", "bfloat16", pytest.param("int8", marks=needs_int8)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["64", "32"])
 def test_gradients_are_those_of_the_dense_step(kind, skip, way, dtype, bound, monkeypatch):
-    monkeypatch.setattr(active, "int8_hardware", lambda: way == "int8")
+    monkeypatch.setattr(active_pairs, "int8_hardware", lambda: way == "int8")
     plain, fast = twins(kind, dtype, skip=skip, screen_below=WAYS[way])
     x, y = plain.scaled(*data(dtype, seed=1))
     for dead in (False, True):
@@ -274,10 +274,10 @@ def test_integers_miss_no_pair_or_say_that_they_cannot(seed, tokens, scale, bias
     b = torch.randn(70, generator=draw) * 10 ** (scale + bias)
     floor = torch.randn(70, generator=draw).abs() * 10 ** (scale + bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(integers, "ROOM", 1000)  # many blocks
+        patch.setattr(int8, "ROOM", 1000)  # many blocks
         if loose:  # bounds of any width are bounds
-            patch.setattr(integers, "LOOSE", 1e9)
-        found = integers.IntegerScreen()(x, weights, b, floor)
+            patch.setattr(int8, "LOOSE", 1e9)
+        found = int8.IntegerScreen()(x, weights, b, floor)
     if found is None:
         return
     key, level = found
@@ -300,9 +300,9 @@ def test_integers_name_all_pairs_above_the_level_of_their_token(seed, tokens, sc
     weights = torch.randn(70, 40, generator=draw) * 10 ** (scale + uneven * torch.randn(70, 1, generator=draw))
     b = torch.randn(70, generator=draw) * 10 ** (scale + bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(integers, "LOOSE", 1e9)
-        patch.setattr(integers, "ROOM", 1000)
-        found = integers.IntegerScreen()(x, weights, b, torch.zeros(70), k)
+        patch.setattr(int8, "LOOSE", 1e9)
+        patch.setattr(int8, "ROOM", 1000)
+        found = int8.IntegerScreen()(x, weights, b, torch.zeros(70), k)
     if found is None:
         return
     key, level = found
@@ -315,10 +315,10 @@ def test_integers_name_all_pairs_above_the_level_of_their_token(seed, tokens, sc
 @pytest.mark.parametrize("bound", [-3.0, 0.0, 3.0])
 def test_topk_is_right_even_where_the_guessed_level_is_not(bound, monkeypatch):
     """A level that is too high, so that tokens have to be looked at again."""
-    largest, again = integers.IntegerScreen._largest, []
-    monkeypatch.setattr(integers.IntegerScreen, "_largest", lambda s, t, f, b, k: largest(s, t, f, bound * b, k))
-    exact = active.exact
-    monkeypatch.setattr(active, "exact", lambda x, *rest: again.append(len(x)) or exact(x, *rest))
+    largest, again = int8.IntegerScreen._largest, []
+    monkeypatch.setattr(int8.IntegerScreen, "_largest", lambda s, t, f, b, k: largest(s, t, f, bound * b, k))
+    exact = active_pairs.exact
+    monkeypatch.setattr(active_pairs, "exact", lambda x, *rest: again.append(len(x)) or exact(x, *rest))
     plain, fast = twins("topk", torch.float32, screen_below=1.0)
     x, y = plain.scaled(*data(torch.float32, seed=1))
     (_, z), (_, pairs) = plain.gradients(x, y), fast.gradients(x, y)
@@ -333,12 +333,12 @@ def test_integers_name_few_pairs_in_vain_and_leave_outlying_rows_to_bfloat16():
     x, weights = torch.randn(256, 768, generator=draw), torch.randn(4096, 768, generator=draw) / 768**0.5
     b, floor = torch.full((4096,), -2.88), torch.zeros(4096)
     few = len(screening.exact(x, weights, b, floor)[0])
-    assert few <= len(integers.IntegerScreen()(x, weights, b, floor)[0]) < 5 * few
-    many, level = integers.IntegerScreen()(x, weights, torch.zeros(4096), floor, k=8)
+    assert few <= len(int8.IntegerScreen()(x, weights, b, floor)[0]) < 5 * few
+    many, level = int8.IntegerScreen()(x, weights, torch.zeros(4096), floor, k=8)
     assert 8 * len(x) <= len(many) < 8 * 8 * len(x)
     assert ((x @ weights.T >= level[:, None]).sum(1) >= 8).float().mean() > 0.99  # few tokens are looked at twice
     x[:, 7] *= 30
-    assert integers.IntegerScreen()(x, weights, b, floor) is None
+    assert int8.IntegerScreen()(x, weights, b, floor) is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -353,9 +353,9 @@ def test_sums_of_integers_are_never_below_the_product(seed, d, common, scale):
     weights, x = weights * 10**scale, x + 0.1 * torch.randn(x.shape, generator=draw)
     b, floor = (torch.randn(30, generator=draw) * 10**scale for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(integers, "LOOSE", 1e9)
-        t, w = integers.rounded(x), integers.rounded(weights, common)
-        tokens, features = integers._operands(t, w, b, floor)
+        patch.setattr(int8, "LOOSE", 1e9)
+        t, w = int8.rounded(x), int8.rounded(weights, common)
+        tokens, features = int8._operands(t, w, b, floor)
     units = torch.outer(t.scale.double(), w.scale.double())
     pre = x.double() @ weights.double().T + b.double() - floor.double()
     assert (tokens.double() @ features.double().T >= pre / units).all()
@@ -371,12 +371,12 @@ def test_equal_values_are_kept_in_the_order_of_features_whatever_else_is_there()
 
 @pytest.mark.parametrize("missing", ["int8_hardware", "bfloat16_hardware"])
 def test_one_kind_of_hardware_is_enough(missing, monkeypatch):
-    if missing == "bfloat16_hardware" and not integers.int8_hardware():
+    if missing == "bfloat16_hardware" and not int8.int8_hardware():
         pytest.skip("this processor or torch has no fast int8")
-    monkeypatch.setattr(active, "int8_hardware", integers.int8_hardware)
-    monkeypatch.setattr(active, "bfloat16_hardware", lambda: True)
-    monkeypatch.setattr(active, missing, lambda: False)
-    monkeypatch.setattr(active, "exact", None)  # would fail if it were used
+    monkeypatch.setattr(active_pairs, "int8_hardware", int8.int8_hardware)
+    monkeypatch.setattr(active_pairs, "bfloat16_hardware", lambda: True)
+    monkeypatch.setattr(active_pairs, missing, lambda: False)
+    monkeypatch.setattr(active_pairs, "exact", None)  # would fail if it were used
     plain, fast = twins("relu", torch.float32, screen_below=1.0)
     x, y = plain.scaled(*data(torch.float32))
     assert plain.gradients(x, y)[0][2] == fast.gradients(x, y)[0][2]
@@ -389,7 +389,7 @@ def test_products_of_coordinates_are_on_the_safe_side(seed, low, high, up):
     draw = torch.Generator().manual_seed(seed)
     u, v = (10 ** (low + (high - low) * torch.rand(50, generator=draw)) for _ in range(2))
     v[seed % 50] = 0
-    pair = integers._coordinates(u, v, up)
+    pair = int8._coordinates(u, v, up)
     if pair is not None:
         tokens, features = (side.double() for side in pair)
         true = torch.outer(u.double(), v.double())
@@ -401,8 +401,8 @@ def test_products_of_coordinates_are_on_the_safe_side(seed, low, high, up):
 def test_without_the_hardware_the_product_is_exact(monkeypatch):
     plain, fast = twins("relu", torch.float32, screen_below=1.0)
     fast.find.screen = None  # would fail if it were used
-    monkeypatch.setattr(active, "bfloat16_hardware", lambda: False)
-    monkeypatch.setattr(active, "int8_hardware", lambda: False)
+    monkeypatch.setattr(active_pairs, "bfloat16_hardware", lambda: False)
+    monkeypatch.setattr(active_pairs, "int8_hardware", lambda: False)
     x, y = plain.scaled(*data(torch.float32))
     (loss, _, count), _ = plain.gradients(x, y)
     (loss2, _, count2), _ = fast.gradients(x, y)

@@ -24,13 +24,12 @@ from pydantic import ValidationError
 
 import tclib as tc
 from making.sweep import LARGER
-from tclib import sweeping
+from tclib.checkpoints import save_transcoders
 from tclib.cli import sweep as command
 from tclib.evaluation import fronts
-from tclib.formats import save_transcoders
-from tclib.notebook import declared_parameters
-from tclib.sweeping import NOTEBOOK, SMALL, Point, cluster, results
-from tclib.sweeping.grid import code_hash, expand, run_name
+from tclib.nb import declared_parameters, sweeps
+from tclib.nb.sweeps import NOTEBOOK, SMALL, Point, cluster, results
+from tclib.nb.sweeps.grid import code_hash, expand, run_name
 from tests.conftest import REPO, notebook_dict
 from tests.test_structure import declared_defaults, literals
 from tests.tiny import WORDS, make_model, make_transcoder
@@ -40,7 +39,7 @@ POINT = {
     "ce_zero": 2.0, "ce_mean": 3.0, "recovered": 0.9, "kl": 0.01, "top1": 0.9,
 }  # fmt: skip
 CELLS = [
-    "import os, time\nimport tclib as tc\nfrom tclib.sweeping import Point",
+    "import os, time\nimport tclib as tc\nfrom tclib.nb.sweeps import Point",
     "k: int = 1  # any\nprice: float = 0.5  # any\nwait: float = 0.0  # seconds\nfate: str = 'good'  # what happens",
     "p = tc.parameters(globals(), k=tc.Parameter(1, low=0), price=tc.Parameter(0.5), wait=tc.Parameter(0.0),\n"
     "    fate=tc.Parameter('good', choices=['good', 'raise', 'die', 'silent', 'nan']))",
@@ -96,7 +95,7 @@ def test_a_run_is_named_by_its_parameters_alone(order, ks):
 )
 def test_bad_grids_are_refused_before_anything_runs(notebook, tmp_path, grid, sentence):
     with pytest.raises(ValueError, match=sentence):
-        sweeping.sweep(grid, tmp_path / "out", notebook)
+        sweeps.sweep(grid, tmp_path / "out", notebook)
     assert not (tmp_path / "out").exists()
 
 
@@ -121,7 +120,7 @@ def test_a_notebook_without_declared_parameters_is_refused(tmp_path, write_noteb
         "p = tc.parameters(globals(), k=tc.Parameter(1), l0=tc.Parameter(1))": "parameter 'l0', which is a column",
     }.items():
         with pytest.raises(ValueError, match=sentence):
-            sweeping.sweep({"k": [1]}, tmp_path / "out", write_notebook(tmp_path / "bad.ipynb", [cells]))
+            sweeps.sweep({"k": [1]}, tmp_path / "out", write_notebook(tmp_path / "bad.ipynb", [cells]))
 
 
 def test_the_swept_notebook_declares_what_its_tagged_cell_sets():
@@ -148,9 +147,9 @@ def test_points_are_typed(change):
 def test_unwritable_folders_and_other_versions_are_refused(notebook, tmp_path, threads):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="results cannot be written to .*file.*choose another folder"):
-        sweeping.sweep({"k": [1]}, tmp_path / "file" / "out", notebook)
+        sweeps.sweep({"k": [1]}, tmp_path / "file" / "out", notebook)
     out = tmp_path / "out"
-    sweeping.sweep({"k": [1]}, out, notebook, threads)
+    sweeps.sweep({"k": [1]}, out, notebook, threads)
     about = (out / "sweep.json").read_text(encoding="utf-8")
     changed = json.loads(notebook.read_text(encoding="utf-8"))
     changed["cells"][3]["source"] += "\n1 + 1"
@@ -158,21 +157,21 @@ def test_unwritable_folders_and_other_versions_are_refused(notebook, tmp_path, t
     other.parent.mkdir()
     other.write_text(json.dumps(changed), encoding="utf-8")
     with pytest.raises(ValueError, match="made with the notebook's code .* not .*use another folder"):
-        sweeping.sweep({"k": [1]}, out, other)
+        sweeps.sweep({"k": [1]}, out, other)
     for field, sentence in {
         "tclib": "made with tclib 9, not 0",
         "format": "does not hold results of this version",
     }.items():
         (out / "sweep.json").write_text(json.dumps(json.loads(about) | {field: "9"}), encoding="utf-8")
         with pytest.raises(ValueError, match=sentence):
-            sweeping.sweep({"k": [1]}, out, notebook)
+            sweeps.sweep({"k": [1]}, out, notebook)
     with pytest.raises(ValueError, match="there are no results"):
-        sweeping.load_results(tmp_path / "nowhere")
+        sweeps.load_results(tmp_path / "nowhere")
 
 
 def test_failures_are_rows_and_the_finished_are_not_run_again(notebook, tmp_path, threads):
     grid = [{"k": [3, 5]}, {"fate": ["raise", "die", "silent", "nan"]}]
-    first = sweeping.sweep(grid, tmp_path / "out", notebook, threads)
+    first = sweeps.sweep(grid, tmp_path / "out", notebook, threads)
     assert list(first["k"]) == [3, 5, 1, 1, 1, 1] and list(first["l0"][:2]) == [3, 5]
     reasons = first.set_index("fate")["reason"]
     assert reasons["good"].isna().all()
@@ -192,26 +191,26 @@ def test_failures_are_rows_and_the_finished_are_not_run_again(notebook, tmp_path
     (tmp_path / "out" / lost / "finished").unlink()
     (tmp_path / "out" / halved / "run.json").write_text('{"parameters": {', encoding="utf-8")
     assert results.read_run(tmp_path / "out" / lost) is None and results.read_run(tmp_path / "out" / halved) is None
-    again = sweeping.sweep(grid[0], tmp_path / "out", notebook, threads)
+    again = sweeps.sweep(grid[0], tmp_path / "out", notebook, threads)
     kept = [name for name in first if name not in ("seconds", "reason")]
     pd.testing.assert_frame_equal(again[kept], first.loc[:1, kept], check_dtype=False)
     assert again["reason"].isna().all()
     finished = reads(tmp_path / "out")
-    third = sweeping.sweep({"k": [3, 5, 7]}, tmp_path / "out", notebook, threads)
+    third = sweeps.sweep({"k": [3, 5, 7]}, tmp_path / "out", notebook, threads)
     assert finished.items() <= reads(tmp_path / "out").items() and list(third["l0"]) == [3, 5, 7]
 
-    loaded = sweeping.load_results(tmp_path / "out")
+    loaded = sweeps.load_results(tmp_path / "out")
     assert len(loaded.runs) == 7
-    sweeping.save_results(loaded, tmp_path / "all.json")
-    assert sweeping.load_results(tmp_path / "all.json") == loaded
-    assert set(sweeping.table(loaded)["run"]) == set(first["run"]) | set(third["run"])
+    sweeps.save_results(loaded, tmp_path / "all.json")
+    assert sweeps.load_results(tmp_path / "all.json") == loaded
+    assert set(sweeps.table(loaded)["run"]) == set(first["run"]) | set(third["run"])
 
 
 def test_a_cached_sweep_starts_nothing(notebook, tmp_path, threads):
     out = tmp_path / "out"
-    sweeping.sweep({"k": [1]}, out, notebook, threads)
+    sweeps.sweep({"k": [1]}, out, notebook, threads)
     # No scheduler could answer there, and none is asked.
-    assert len(sweeping.sweep({"k": [1]}, out, notebook, cluster="tcp://127.0.0.1:1")) == 1
+    assert len(sweeps.sweep({"k": [1]}, out, notebook, cluster="tcp://127.0.0.1:1")) == 1
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([0.0, 1.0, 2.0, float("nan")])), max_size=8))
@@ -233,7 +232,7 @@ def test_a_killed_worker_loses_nothing_finished(notebook, tmp_path):
     options = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": "127.0.0.1:0"}
     with LocalCluster(**options) as local, Client(local) as client:
         grid = [{"k": [1]}, {"k": [2, 3], "wait": [2]}]
-        thread = threading.Thread(target=lambda: found.append(sweeping.sweep(grid, out, notebook, client)))
+        thread = threading.Thread(target=lambda: found.append(sweeps.sweep(grid, out, notebook, client)))
         thread.start()
         wait_until(lambda: len(reads(out)) == 1)
         before = reads(out)
@@ -251,7 +250,7 @@ def test_a_run_that_kills_its_workers_is_a_row(tmp_path, write_notebook):
     notebook = write_notebook(tmp_path / "killer.ipynb", cells, {1: "parameters"})
     options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0", "silence_logs": 60}
     with dask.config.set({"distributed.scheduler.allowed-failures": 0}), LocalCluster(**options) as local:
-        found = sweeping.sweep({"k": [1]}, tmp_path / "out", notebook, local)
+        found = sweeps.sweep({"k": [1]}, tmp_path / "out", notebook, local)
     assert found["reason"].item() == "(KilledWorker: its workers died, one after another)"
 
 
@@ -278,7 +277,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(notebook, tmp_path, threa
         assert process.returncode == 130
         assert "Interrupted: what is finished is kept in" in said and "Traceback" not in said, said
     assert reads(out) == before
-    assert sum(bool(run.reason) for run in sweeping.load_results(out).runs) == 0  # interrupted is not failed
+    assert sum(bool(run.reason) for run in sweeps.load_results(out).runs) == 0  # interrupted is not failed
     scheduler = ["--scheduler", threads.scheduler.address]
     assert command.main([*arguments, *scheduler, "-p", "wait", "0"], notebook=notebook) == 0
     assert before.items() <= reads(out).items() and len(reads(out)) == 3
@@ -313,7 +312,7 @@ def test_what_is_handed_over_stays_open(threads):
 def test_an_absent_scheduler_is_one_sentence(notebook, tmp_path):
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         with pytest.raises(ValueError, match="no Dask scheduler answers at 'tcp://127.0.0.1:1'"):
-            sweeping.sweep({"k": [1]}, tmp_path / "out", notebook, cluster="tcp://127.0.0.1:1")
+            sweeps.sweep({"k": [1]}, tmp_path / "out", notebook, cluster="tcp://127.0.0.1:1")
 
 
 @pytest.mark.parametrize(
@@ -378,27 +377,27 @@ def tiny(tmp_path_factory):
 def test_a_real_run(tiny, tmp_path, threads):
     _, names = tiny
     fixed = {"model": [names["model"]], "text": [names["text"]], "d_features": [32], "steps": [6], "rows": [2]}
-    found = sweeping.sweep({**fixed, "activation": ["topk"], "k": [4]}, tmp_path / "out", cluster=threads).iloc[0]
+    found = sweeps.sweep({**fixed, "activation": ["topk"], "k": [4]}, tmp_path / "out", cluster=threads).iloc[0]
     assert found["reason"] is None and found["l0"] <= 4 and found["fvu"] > 0 and 0 <= found["top1"] <= 1
 
 
 def test_a_sharded_index_has_the_bytes_of_a_single_one(tiny, tmp_path, threads):
     model, names = tiny
     text = {"text": names["text"], "rows": 70}
-    pieces = sweeping.build_index_sharded(tmp_path / "pieces", 3, **names | text, cluster=threads)
+    pieces = sweeps.build_index_sharded(tmp_path / "pieces", 3, **names | text, cluster=threads)
     tokens = tc.load_text(model, names["text"], 70)
-    from tclib.index import build_index
+    from tclib.features import build_index
 
     build_index(model, tc.load_transcoders(names["transcoders"], device="cpu"), tokens, tmp_path / "single")
     files = sorted(path.name for path in (tmp_path / "single").iterdir())
     assert sorted(path.name for path in (tmp_path / "pieces").iterdir()) == files
     assert filecmp.cmpfiles(tmp_path / "single", tmp_path / "pieces", files, shallow=False) == (files, [], [])
     assert not (tmp_path / "pieces.shards").exists()
-    assert pieces.about == sweeping.build_index_sharded(tmp_path / "pieces", 2, **names | text, cluster=threads).about
+    assert pieces.about == sweeps.build_index_sharded(tmp_path / "pieces", 2, **names | text, cluster=threads).about
     with pytest.raises(ValueError, match="was made from text"):
-        sweeping.build_index_sharded(tmp_path / "pieces", 2, **names | text | {"rows": 60}, cluster=threads)
+        sweeps.build_index_sharded(tmp_path / "pieces", 2, **names | text | {"rows": 60}, cluster=threads)
     with pytest.raises(ValueError, match="9 shards of 70 rows"):
-        sweeping.build_index_sharded(tmp_path / "more", 9, **names | text, cluster=threads)
+        sweeps.build_index_sharded(tmp_path / "more", 9, **names | text, cluster=threads)
     shutil.rmtree(tmp_path / "pieces")
 
 
@@ -406,7 +405,7 @@ def test_a_sharded_index_has_the_bytes_of_a_single_one(tiny, tmp_path, threads):
 
 
 def test_the_bundled_results_are_of_the_script_and_of_this_notebook():
-    loaded, parsed = sweeping.load_results(), json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    loaded, parsed = sweeps.load_results(), json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert loaded.about.code == code_hash(parsed)
-    names = {sweeping.run_name(parameters) for parameters in expand(LARGER, declared_parameters(parsed))}
-    assert {sweeping.run_name(run.parameters) for run in loaded.runs} <= names and len(loaded.runs) >= 12
+    names = {sweeps.run_name(parameters) for parameters in expand(LARGER, declared_parameters(parsed))}
+    assert {sweeps.run_name(run.parameters) for run in loaded.runs} <= names and len(loaded.runs) >= 12

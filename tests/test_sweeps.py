@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tclib.intervene import keep_features
+from tclib.evaluation import stats
+from tclib.interventions import keep_features
 from tclib.model import load_model
 from tclib.tasks import greater_than as gt
-from tclib.tasks import intervals, steps, sweeps
+from tclib.tasks import step_fit, unit_sweep
 from tclib.tasks.shared_prefix import SharedPrefix
 from tests.test_greater_than import make_tokenizer
 from tests.tiny import make_transcoder
@@ -74,10 +75,10 @@ def test_a_shared_prefix_changes_nothing(model, prompts, layer):
 
 
 def test_batches_are_alike_and_complete(prompts):
-    rows = [prompts.frame.iloc[rows] for _, rows in sweeps.alike(prompts)]
+    rows = [prompts.frame.iloc[rows] for _, rows in unit_sweep.alike(prompts)]
     assert all(len(part[["noun", "century"]].drop_duplicates()) == 1 for part in rows)
     assert pd.concat(rows).equals(prompts.frame)
-    tokens = [row for part, _ in sweeps.alike(prompts) for row in part]
+    tokens = [row for part, _ in unit_sweep.alike(prompts) for row in part]
     assert all(torch.equal(a, b) for a, b in zip(tokens, [r for g in prompts.groups for r in g], strict=True))
 
 
@@ -87,9 +88,9 @@ def test_batches_are_alike_and_complete(prompts):
 def test_kept_features_are_those_of_the_hooks(model, prompts, layer, skip, rest):
     """The running sum gives what the patched model gives, prompt by prompt."""
     transcoder = make_transcoder(layer, skip=skip)
-    ranked = sweeps.rank_units(model, prompts, layer, transcoder)
-    answers = sweeps.keep_units(model, prompts, layer, [0, 5, 64], ranked, transcoder, rest)
-    mean = gt.mean_over_years(sweeps.units_at_last_token(model, prompts, layer, transcoder), prompts)
+    ranked = unit_sweep.rank_units(model, prompts, layer, transcoder)
+    answers = unit_sweep.keep_units(model, prompts, layer, [0, 5, 64], ranked, transcoder, rest)
+    mean = gt.mean_over_years(unit_sweep.units_at_last_token(model, prompts, layer, transcoder), prompts)
     for k, answer in zip((0, 5, 64), answers, strict=True):
         if rest == "mean":
             hooks = lambda rows, k=k: keep_features(layer, transcoder, ranked[:k], mean[rows], -1)  # noqa: E731
@@ -102,9 +103,9 @@ def test_kept_features_are_those_of_the_hooks(model, prompts, layer, skip, rest)
 @pytest.mark.parametrize("layer", range(LAYERS))
 def test_kept_neurons_are_those_of_the_hooks(model, prompts, layer, rest):
     name = f"blocks.{layer}.mlp.hook_post"
-    ranked = sweeps.rank_units(model, prompts, layer)
-    answers = sweeps.keep_units(model, prompts, layer, [0, 7, 128], ranked, rest=rest)
-    mean = gt.mean_over_years(sweeps.units_at_last_token(model, prompts, layer), prompts)
+    ranked = unit_sweep.rank_units(model, prompts, layer)
+    answers = unit_sweep.keep_units(model, prompts, layer, [0, 7, 128], ranked, rest=rest)
+    mean = gt.mean_over_years(unit_sweep.units_at_last_token(model, prompts, layer), prompts)
     for k, answer in zip((0, 7, 128), answers, strict=True):
 
         def hold(post, hook, rows, k=k):
@@ -120,7 +121,7 @@ def test_kept_neurons_are_those_of_the_hooks(model, prompts, layer, rest):
 
 def test_one_feature_taken_out(model, prompts):
     transcoder = make_transcoder(1)
-    found = sweeps.without_each(model, prompts, 1, [3, 9], transcoder, "zero")
+    found = unit_sweep.without_each(model, prompts, 1, [3, 9], transcoder, "zero")
     for unit, value in found.items():
         others = [i for i in range(64) if i != unit]
         slow = mean_difference(gt.run(model, prompts, keep_features(1, transcoder, others)), prompts)
@@ -130,13 +131,13 @@ def test_one_feature_taken_out(model, prompts):
 
 def test_orders(model, prompts):
     transcoder = make_transcoder(2)
-    units = sweeps.units_at_last_token(model, prompts, 2, transcoder)
+    units = unit_sweep.units_at_last_token(model, prompts, 2, transcoder)
     swing = (units - gt.mean_over_years(units, prompts)).square().mean(0)
-    variance = sweeps.rank_units(model, prompts, 2, transcoder)
+    variance = unit_sweep.rank_units(model, prompts, 2, transcoder)
     assert (swing[variance].diff() <= 0).all()
     size = units.mean(0) * transcoder.W_dec.norm(dim=1)
-    assert (size[sweeps.rank_units(model, prompts, 2, transcoder, "magnitude")].diff() <= 0).all()
-    one, same, other = (sweeps.rank_units(model, prompts, 2, transcoder, "random", seed) for seed in (1, 1, 2))
+    assert (size[unit_sweep.rank_units(model, prompts, 2, transcoder, "magnitude")].diff() <= 0).all()
+    one, same, other = (unit_sweep.rank_units(model, prompts, 2, transcoder, "random", seed) for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
     for order in (variance, one):
         assert order.sort().values.tolist() == list(range(64))
@@ -145,23 +146,23 @@ def test_orders(model, prompts):
 
 
 def test_the_table_of_a_sweep(model, prompts):
-    table = sweeps.sweep(model, prompts, 1, [3], order="random")
+    table = unit_sweep.sweep(model, prompts, 1, [3], order="random")
     assert table.columns.tolist() == ["k", "kind", "noun", "century", "probability_difference"]
     assert sorted(table["k"].unique()) == [0, 3, 128] and set(table["kind"]) == {"random neurons"}
     assert len(table) == 3 * 4
-    curve = sweeps.curve(table)
+    curve = unit_sweep.curve(table)
     assert curve.iloc[-1] == pytest.approx(mean_difference(gt.run(model, prompts), prompts), abs=1e-6)
-    assert sweeps.recovered(table, 0) == 0 and sweeps.recovered(table, 128) == 1
+    assert unit_sweep.recovered(table, 0) == 0 and unit_sweep.recovered(table, 128) == 1
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda m, p: sweeps.sweep(m, p, 0, [-1]), "128"),
-        (lambda m, p: sweeps.sweep(m, p, 0, [129]), "128"),
-        (lambda m, p: sweeps.sweep(m, p, LAYERS, [1]), "layers 0 to 3"),
-        (lambda m, p: sweeps.sweep(m, p, 0, [1], order="size"), "'variance', 'magnitude' or 'random'"),
-        (lambda m, p: sweeps.sweep(m, p, 0, [1], rest="median"), "'mean' or 'zero'"),
+        (lambda m, p: unit_sweep.sweep(m, p, 0, [-1]), "128"),
+        (lambda m, p: unit_sweep.sweep(m, p, 0, [129]), "128"),
+        (lambda m, p: unit_sweep.sweep(m, p, LAYERS, [1]), "layers 0 to 3"),
+        (lambda m, p: unit_sweep.sweep(m, p, 0, [1], order="size"), "'variance', 'magnitude' or 'random'"),
+        (lambda m, p: unit_sweep.sweep(m, p, 0, [1], rest="median"), "'mean' or 'zero'"),
     ],
 )
 def test_impossible_sweeps_are_refused(model, prompts, call, message):
@@ -186,28 +187,28 @@ def table_of(curve: dict[int, float], wobble: float = 0.0) -> pd.DataFrame:
 def test_a_crossing_is_the_first_overtaking():
     features = table_of({0: 0.1, 1: 0.3, 2: 0.5, 3: 0.5, 9: 0.6})
     neurons = table_of({0: 0.2, 1: 0.2, 2: 0.4, 3: 0.55, 7: 0.9})
-    found = sweeps.crossing(features, neurons)
+    found = unit_sweep.crossing(features, neurons)
     assert found == {"k": 3, "low": 3.0, "high": 3.0, "never": 0.0}
 
 
 def test_no_crossing_is_none_and_a_lead_from_the_start_is_none():
     better, worse = table_of({0: 0.1, 1: 0.5, 2: 0.6, 5: 0.7}), table_of({0: 0.1, 1: 0.2, 2: 0.3, 5: 0.7})
-    assert sweeps.crossing(better, worse) == {"k": None, "low": None, "high": None, "never": 1.0}
-    assert sweeps.crossing(worse, better)["k"] is None  # neurons led all along: nothing is overtaken
+    assert unit_sweep.crossing(better, worse) == {"k": None, "low": None, "high": None, "never": 1.0}
+    assert unit_sweep.crossing(worse, better)["k"] is None  # neurons led all along: nothing is overtaken
     with pytest.raises(ValueError, match="no k in common"):
-        sweeps.crossing(table_of({0: 0.1, 1: 0.2}), table_of({0: 0.1, 2: 0.2}))
+        unit_sweep.crossing(table_of({0: 0.1, 1: 0.2}), table_of({0: 0.1, 2: 0.2}))
 
 
 def test_an_uncertain_crossing_has_a_wide_interval():
     features = table_of({0: 0.1, 1: 0.5, 2: 0.52, 3: 0.50, 4: 0.5, 9: 0.6}, wobble=0.05)
     neurons = table_of({0: 0.1, 1: 0.2, 2: 0.53, 3: 0.53, 4: 0.56, 9: 0.6})
-    found = sweeps.crossing(features, neurons)
+    found = unit_sweep.crossing(features, neurons)
     assert found["low"] < found["high"] or found["never"] > 0
 
 
 def test_cells_are_means_of_their_prompts(prompts):
     values = torch.arange(len(prompts.frame)).float()
-    cells = intervals.cell_means(values, prompts.frame)
+    cells = stats.cell_means(values, prompts.frame)
     assert cells.shape == (2, 2)
     pick = (prompts.frame["noun"] == "war") & (prompts.frame["century"] == 17)
     assert cells.loc["war", 17] == pytest.approx(values.numpy()[pick].mean())
@@ -217,25 +218,25 @@ def test_cells_are_means_of_their_prompts(prompts):
 @given(st.integers(1, 5), st.integers(1, 5), st.floats(-10, 10), st.integers(0, 99))
 def test_the_bootstrap_moves_with_its_numbers(nouns, centuries, shift, seed):
     cells = np.random.default_rng(seed).normal(size=(nouns, centuries))
-    means = intervals.bootstrap(cells, 50, seed)
-    assert_close(intervals.bootstrap(cells + shift, 50, seed), means + shift)
+    means = stats.bootstrap(cells, 50, seed)
+    assert_close(stats.bootstrap(cells + shift, 50, seed), means + shift)
     assert means.min() >= cells.min() - 1e-12 and means.max() <= cells.max() + 1e-12
-    assert intervals.bootstrap(np.full((nouns, centuries), shift), 50) == pytest.approx(shift)
+    assert stats.bootstrap(np.full((nouns, centuries), shift), 50) == pytest.approx(shift)
 
 
 def test_the_bootstrap_crosses_its_factors():
     """What differs between nouns only must vary as much as a mean of n nouns does, however many centuries there are."""
     by_noun = np.repeat(np.array([[0.0], [1.0], [0.0], [1.0]]), 50, axis=1)
-    spread = intervals.bootstrap(by_noun, 4000).std()
+    spread = stats.bootstrap(by_noun, 4000).std()
     assert spread == pytest.approx(0.5 / 2, rel=0.1)  # not 0.5 / sqrt(200), as if prompts were independent
-    table = intervals.interval(pd.DataFrame(by_noun))
+    table = stats.interval(pd.DataFrame(by_noun))
     assert table["low"] < table["mean"] == 0.5 < table["high"]
-    assert intervals.interval(pd.DataFrame([[0.3]])).tolist() == pytest.approx([0.3] * 3)
+    assert stats.interval(pd.DataFrame([[0.3]])).tolist() == pytest.approx([0.3] * 3)
 
 
 def test_a_bootstrap_with_holes_is_refused():
     with pytest.raises(ValueError, match="every noun in every century"):
-        intervals.bootstrap(np.array([[0.1, np.nan]]))
+        stats.bootstrap(np.array([[0.1, np.nan]]))
 
 
 # ---------------------------------------------------------------- steps
@@ -245,13 +246,13 @@ def test_a_bootstrap_with_holes_is_refused():
 @pytest.mark.parametrize("height", [2.0, -1.5])
 def test_a_pure_step_is_found(place, height):
     curve = torch.where(torch.arange(100) > place, height, 0.0) + 7
-    found = steps.fit_steps(curve[None]).iloc[0]
+    found = step_fit.fit_steps(curve[None]).iloc[0]
     assert found["location"] == place
     assert found[["height", "r2", "sharpness"]].tolist() == pytest.approx([height, 1, 1])
 
 
 def test_a_straight_line_is_no_step():
-    found = steps.fit_steps(torch.arange(100.0)[None]).iloc[0]
+    found = step_fit.fit_steps(torch.arange(100.0)[None]).iloc[0]
     assert found["location"] in (49, 50)
     assert found[["r2", "sharpness"]].tolist() == pytest.approx([0.75, 0.1], abs=0.01)
 
@@ -259,7 +260,7 @@ def test_a_straight_line_is_no_step():
 def test_coverage():
     years = torch.tensor([2, 30, 60, 98])
     units = torch.tensor([[0.0, 1, 0], [0, 2, 0], [0.5, 0, 0], [0.1, 0, 0]])
-    found = steps.coverage(units, years)
+    found = step_fit.coverage(units, years)
     assert found["fires"].tolist() == [0.5, 0.5, 0]
     assert found.iloc[0, 1:].tolist() == [60, 98] and found.iloc[1, 1:].tolist() == [2, 30]
     assert found.iloc[2, 1:].isna().all()

@@ -17,12 +17,12 @@ import torch
 from nbclient import NotebookClient
 
 import tclib as tc
-from tclib import intervene, targets
+from tclib import interventions, targets
 from tclib.blind import rules
 from tclib.cli import bootstrap, teach
+from tclib.nb.teaching import checks, report, students
+from tclib.nb.teaching.verdict import NotYet, judge
 from tclib.tasks import greater_than as gt
-from tclib.teaching import checks, report, students
-from tclib.teaching.verdict import NotYet, judge
 from tests.conftest import COMMITTED, REPO
 from tools import address, exercise_table
 from tools.execute import merge_streams
@@ -361,8 +361,8 @@ def test_removal(laboratory, capsys):
     }
     for word, value in wrong.items():
         assert word in refused(checks.removal, value, *context)
-    removed = intervene.set_features(source["layer"], layers[source["layer"]], [source["feature"]], 0.0, -1)
-    logits = intervene.run(lm, trace.tokens[None], removed)[0, -1]
+    removed = interventions.set_features(source["layer"], layers[source["layer"]], [source["feature"]], 0.0, -1)
+    logits = interventions.run(lm, trace.tokens[None], removed)[0, -1]
     free = (logits - trace.logits[-1])[[lm.tokenizer.convert_tokens_to_ids(word) for word in ("45", "20")]]
     assert "set free" in refused(checks.removal, free[0] - free[1], *context)
 
@@ -406,7 +406,9 @@ def test_moving_head(laboratory, capsys):
     for layer in range(3):
         for head in range(8):
             z = there[f"blocks.{layer}.attn.hook_z"][:, -1, head]
-            logits = intervene.run(lm, trace.tokens[None], intervene.ablate_head(layer, head, z, -1))[0, -1, ids]
+            logits = interventions.run(lm, trace.tokens[None], interventions.ablate_head(layer, head, z, -1))[
+                0, -1, ids
+            ]
             moves[layer, head] = float(logits[36:].mean() - logits[:36].mean())
     whole_model = float(trace.logits[-1][ids][36:].mean() - trace.logits[-1][ids][:36].mean())
     moves = {name: value - whole_model for name, value in moves.items()}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import tclib as tc
-from tclib import thin
+from tclib import onednn_matmul
 from tests.tiny import make_transcoder
 
 
@@ -114,12 +114,12 @@ def test_impossible_configurations_are_refused():
 def test_the_thin_product_is_the_plain_one():
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(512, 2**14, generator=generator)
-    assert W.numel() >= thin._LARGE
+    assert W.numel() >= onednn_matmul._LARGE
     for shape in [(2, 512), (3, 7, 512), (256, 512), (512,), (1, 512), (0, 512), (300, 512)]:
         x = torch.randn(*shape, generator=generator)
-        torch.testing.assert_close(thin.product(x, W), x @ W, rtol=1e-5, atol=2e-4)
+        torch.testing.assert_close(onednn_matmul.product(x, W), x @ W, rtol=1e-5, atol=2e-4)
     turned = torch.randn(2**14, 512, generator=generator).T  # not contiguous: oneDNN would take seconds
-    torch.testing.assert_close(thin.product(x[:8], turned), x[:8] @ turned)
+    torch.testing.assert_close(onednn_matmul.product(x[:8], turned), x[:8] @ turned)
     x.requires_grad_(True)
-    assert thin.product(x[:8], W).requires_grad
-    assert thin.product(x[:8].double(), W.double()).dtype == torch.float64
+    assert onednn_matmul.product(x[:8], W).requires_grad
+    assert onednn_matmul.product(x[:8].double(), W.double()).dtype == torch.float64

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from tclib.teaching.students import without_address
+from tclib.nb.teaching.students import without_address
 
 REPO = Path(__file__).resolve().parents[1]
 ADDRESS = r"[\w.-]+/[\w.-]+"

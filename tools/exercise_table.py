@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from tclib.teaching.students import exercises
+from tclib.nb.teaching.students import exercises
 
 REPO = Path(__file__).resolve().parents[1]
 

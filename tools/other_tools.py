@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import tclib as tc
-from tclib import formats, graph, pruning
+from tclib.circuits import graph, neuronpedia, pruning
 from tclib.model import layer_norms
 from tests.tiny import make_model, make_transcoder
 
@@ -103,7 +103,7 @@ def exchange(python: str, code: str, format: str, folder: Path, model) -> None:
     if format == "circuit-tracer":
         trace = tc.trace(model, {0: make_transcoder(0), 1: make_transcoder(1)}, "w1 w2 w3 w4", check_fit=False)
         small = pruning.prune(graph.build_graph(trace), 0.9, 0.98)
-        formats.save_graph_json(trace, small, folder, "graph", "tiny")
+        neuronpedia.save_graph_json(trace, small, folder, "graph", "tiny")
     run(python, code, folder)
     for name, layers in ours.items():
         here = layers[0](x).numpy()

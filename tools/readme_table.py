@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from tclib.notebook import find_headline
+from tclib.nb import find_headline
 
 REPO = Path(__file__).resolve().parents[1]
 START, END = "<!-- notebooks:start -->", "<!-- notebooks:end -->"

@@ -21,14 +21,14 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib import connections, targets
 from tclib.attribution import attribute
 from tclib.blind.rules import Rule, Words, score
-from tclib.circuits import best_first
+from tclib.circuits.one_step import Node, prompt_graph
+from tclib.circuits.path_search import best_first
 from tclib.inputs import bos_id, check_tokens, feature_of, words
 from tclib.model import token_strings
-from tclib.prompt_graph import Node, prompt_graph
+from tclib.plots import highlighted
 from tclib.targets import Target
 from tclib.tracing import Trace, check_belongs, trace
 from tclib.transcoder import Transcoder
-from tclib.views import highlighted
 
 
 class SealedError(ValueError):

@@ -20,7 +20,7 @@ COMMANDS = {
     "sweep": "train over a grid of settings into runs/sweep/",
     "test": "run all tests but the slow ones",
     "test-all": "run all tests",
-    "lint": "check the code's style with ruff",
+    "lint": "check the code's style and who imports whom",
     "student": "write student copies of the notebooks into build/student/",
     "bundle": "collect all wheels in build/bundle/, for installing without network",
     "report": "render executed notebooks, one file each, into build/report/",

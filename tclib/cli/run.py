@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tclib.cli.bootstrap import REPO, disk_sentence
-from tclib.notebook import (
+from tclib.io.paths import read_text
+from tclib.nb import (
     Parameter,
     ParameterError,
     assigned_literals,
@@ -26,7 +27,6 @@ from tclib.notebook import (
     unknown_parameter,
     why,
 )
-from tclib.paths import read_text
 
 PLACES = ("model", "transcoders", "results", "text", "second_text", "prompt_file")  # may name a file or a folder
 
@@ -120,9 +120,9 @@ def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
     model = parameters.get("model", "bundled")
     if model == "bundled":
         return
-    from tclib import hub
-    from tclib.formats import check_fit, load_transcoders, memory_plan  # takes seconds to import
-    from tclib.formats.load import WORK_TOKENS
+    from tclib.checkpoints import check_fit, load_transcoders, memory_plan  # takes seconds to import
+    from tclib.checkpoints.load import WORK_TOKENS
+    from tclib.io import hub
     from tclib.model import load_model
 
     if model in hub.TRANSCODERS:

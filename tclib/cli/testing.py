@@ -11,6 +11,9 @@ from pathlib import Path
 from tclib.cli.bootstrap import REPO, wait
 
 CELL_TIMEOUT = 300
+LINT_IMPORTS = (
+    "import sys; from importlinter.cli import lint_imports as lint; sys.exit(lint(no_cache=True, no_logo=True))"
+)
 
 
 def test(slow: bool) -> int:
@@ -29,9 +32,13 @@ def test(slow: bool) -> int:
 
 
 def lint() -> int:
-    """Check the style of all code outside the notebooks; return 0 only if there is nothing to mend."""
+    """Check the style of all code outside the notebooks and who imports whom; return 0 only if all is well."""
     ruff = [sys.executable, "-m", "ruff"]
-    checks = ([*ruff, "check", "--quiet"], [*ruff, "format", "--check", "--quiet"])
+    checks = (
+        [*ruff, "check", "--quiet"],
+        [*ruff, "format", "--check", "--quiet"],
+        [sys.executable, "-c", LINT_IMPORTS],
+    )
     return max(wait(subprocess.Popen(command, cwd=REPO)) for command in checks)
 
 

@@ -1,7 +1,11 @@
-"""How good a transcoder is: metrics, intervals, fair comparisons, ground truth, and how much a seed changes."""
+"""How good a transcoder is: metrics, intervals, fair comparisons, ground truth, and how much a seed changes.
+
+The functions below measure. Import modules for the rest: `stats` (bootstrap and intervals), `fronts` (equal L0),
+`baselines` (neurons, random directions), `ground_truth` (the generator's latents), `matching` (two trainings).
+"""
 
 from tclib.evaluation.faithfulness import cross_entropy, faithfulness
-from tclib.evaluation.measure import (
+from tclib.evaluation.metrics import (
     DENSE,
     MEAN_ROWS,
     Measured,

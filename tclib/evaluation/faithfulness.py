@@ -11,9 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.evaluation.sums import Sums, bootstrap_weights
+from tclib.evaluation.stats import Sums, bootstrap_weights
 from tclib.inputs import check_tokens, words
-from tclib.intervene import Hook, edited
+from tclib.interventions import Hook, edited
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from tclib.activations import hook_out
 from tclib.chronicle import BACKWARD, SPANS
 from tclib.inputs import check_layers, check_tokens
-from tclib.intervene import EVERYWHERE, Hook, ablate_mlp
-from tclib.paths import read_text
+from tclib.interventions import EVERYWHERE, Hook, ablate_mlp
+from tclib.io.paths import read_text
 
 TEMPLATE = "The NOUN lasted from the year XXYY to the year XX"
 BACKWARD_TEMPLATE = "The NOUN ended in the year XXYY; it began in the year XX"

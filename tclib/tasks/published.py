@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.paths import data_path
+from tclib.io.paths import data_path
 
 NOT_RUN = "not run"
 Value = float | str | None

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.inputs import check_layers, check_tokens
-from tclib.paths import read_text, write_whole
-from tclib.training.files import text_hash
+from tclib.io.paths import read_text, write_whole
+from tclib.text import text_hash
 from tclib.training.stream import FORWARD_ROWS, Acts, ModelSource
 
 

@@ -17,13 +17,14 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.inputs import check_layers, check_tokens
+from tclib.text import text_hash
 from tclib.training import distributed
 from tclib.training.cache import ActivationCache
 from tclib.training.config import STREAM, TrainConfig
-from tclib.training.files import RunFolder, text_hash
-from tclib.training.sparse import make_student
+from tclib.training.fast.sparse_step import make_student
+from tclib.training.run_folder import RunFolder
 from tclib.training.stream import Acts, ModelSource, Stream
-from tclib.training.student import Student
+from tclib.training.trainer import Student
 from tclib.transcoder import Transcoder
 
 Text = Int[Tensor, "row pos"] | ActivationCache
@@ -58,7 +59,7 @@ def train(
         run: a folder for checkpoints and log. The same call with the same folder goes on where it was interrupted, and
             ends with the same weights, bit for bit on the same CPU, as if it had not been. Ctrl-C ends the current
             step, writes a checkpoint and raises KeyboardInterrupt.
-        watch: called with the records of a step about 100 times, see `tclib.training.watch`.
+        watch: called with the records of a step about 100 times, see `tclib.training.monitor`.
         checkpoint_seconds: time between checkpoints.
 
     Returns:

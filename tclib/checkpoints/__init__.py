@@ -1,0 +1,17 @@
+"""Transcoders' checkpoints in six formats, read and written without running anything that is in them.
+
+The functions below are all that others need; `detect` knows the formats by their files' names, `readers` has one
+function for each, `lazy` leaves large layers in their files, `save` writes and `fit` checks that they suit a model.
+"""
+
+from tclib.checkpoints.fit import check_fit
+from tclib.checkpoints.load import load_frequencies, load_transcoders, memory_plan
+from tclib.checkpoints.save import save_transcoders
+
+__all__ = [
+    "check_fit",
+    "load_frequencies",
+    "load_transcoders",
+    "memory_plan",
+    "save_transcoders",
+]

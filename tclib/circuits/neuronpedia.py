@@ -1,0 +1,221 @@
+"""Attribution graphs as the JSON that Neuronpedia and circuit-tracer's own viewer read, and links to feature pages."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from tclib import __version__
+from tclib.circuits.graph import Graph
+from tclib.circuits.pruning import MOST_EDGES, influence
+from tclib.inputs import counted
+from tclib.io.paths import read_text, write_whole
+from tclib.tracing import Trace
+
+PAGES = "https://www.neuronpedia.org"
+_KINDS = {"error": "mlp reconstruction error", "mlp": "mlp reconstruction error", "feature": "cross layer transcoder"}
+_KINDS |= {
+    "embedding": "embedding",
+    "position": "embedding",
+    "target": "logit",
+}  # bias and remainder have no counterpart
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Metadata(_Strict):
+    slug: str
+    scan: str
+    transcoder_list: list[str] = []
+    prompt_tokens: list[str]
+    prompt: str
+    node_threshold: float = 1.0  # viewers hide nodes whose influence is above it: show all that the file has
+    schema_version: Literal[1] = 1
+    feature_details: dict[str, str] = {}
+    info: dict = {}
+
+
+class _QParams(_Strict):
+    pinnedIds: list[str] = []
+    supernodes: list[list[str]] = []
+    linkType: Literal["both"] = "both"
+    clickedId: str = ""
+    sg_pos: str = ""
+
+
+class _Node(_Strict):
+    node_id: str
+    feature: int
+    layer: str
+    ctx_idx: int
+    feature_type: Literal["cross layer transcoder", "mlp reconstruction error", "embedding", "logit"]
+    token_prob: float = 0.0
+    is_target_logit: bool = False
+    run_idx: int = 0
+    reverse_ctx_idx: int = 0
+    jsNodeId: str
+    clerp: str = ""
+    influence: float | None = None
+    activation: float | None = None
+
+
+class _Link(_Strict):
+    source: str
+    target: str
+    weight: float
+
+
+class _File(_Strict):
+    metadata: _Metadata
+    qParams: _QParams = _QParams()
+    nodes: list[_Node]
+    links: list[_Link]
+
+
+def neuronpedia_url(layer: int, feature: int, scan: str = "gpt2-small", source: str = "tres-dc") -> str:
+    """The page of a feature; by default, of the paper's published GPT-2 transcoders.
+
+    Raises:
+        ValueError: a layer or feature that is no whole number from 0 on.
+    """
+    layer, feature = counted("layer", layer), counted("feature", feature)
+    return f"{PAGES}/{scan}/{layer}-{source}/{feature}"
+
+
+def save_graph_json(
+    trace: Trace,
+    graph: Graph,
+    folder: str | Path,
+    slug: str,
+    scan: str,
+    source: str | None = None,
+    pinned: Collection[tuple[int, int, int]] = (),
+    groups: Mapping[str, Collection[tuple[int, int, int]]] | None = None,
+) -> Path:
+    """Write ``folder/slug.json`` and enter it in ``folder/graph-metadata.json``.
+
+    An MLP without a transcoder becomes an error node, and a token's position embedding joins its token node. Biases and
+    a remainder have no node there: their share of all |effects| is said in the description.
+
+    Args:
+        graph: of this trace, pruned (`tclib.circuits.pruning.prune`): the format is for looking at.
+        slug: the graph's name: letters, digits, ``-`` and ``_``.
+        scan: the model's name on Neuronpedia, ``"gpt2-small"``.
+        source: the set of features on Neuronpedia, ``"tres-dc"`` for the paper's; None where it has no pages.
+        pinned: features (layer, position, feature) that the viewer shows at once; those that the graph lacks are left
+            out.
+        groups: features that the viewer shows as one node of this name.
+
+    Raises:
+        ValueError: a slug that is no plain name, or more edges than anyone could look at.
+    """
+    if not re.fullmatch(r"[\w-]+", slug):
+        raise ValueError(f"slug {slug!r} is not a plain name: use letters, digits, - and _")
+    nodes, ids = _nodes(trace, graph)
+    rows, columns = graph.adjacency.nonzero(as_tuple=True)
+    effects = zip(rows.tolist(), columns.tolist(), graph.adjacency[rows, columns].tolist(), strict=True)
+    if len(rows) > MOST_EDGES:
+        raise ValueError(f"the graph has {len(rows)} edges, more than {MOST_EDGES}: prune it first")
+    weights: dict[tuple[str, str], float] = {}
+    lost = total = 0.0
+    for target, origin, weight in effects:
+        total += abs(weight)
+        if origin in ids:
+            edge = ids[origin], ids[target]
+            weights[edge] = weights.get(edge, 0.0) + weight
+        else:
+            lost += abs(weight)
+    share = lost / total if total else 0.0
+    metadata = _Metadata(
+        slug=slug, scan=scan, prompt=trace.model.tokenizer.decode(trace.tokens[1:]), prompt_tokens=trace.token_strings,
+        feature_details={"neuronpedia_source_set": source} if source else {},
+        info={
+            "generator": {"name": "tclib", "version": __version__},
+            "description": f"Biases and what was pruned, {share:.0%} of all absolute effects, have no nodes here.",
+        },
+    )  # fmt: skip
+    links = [_Link(source=origin, target=target, weight=weight) for (origin, target), weight in weights.items()]
+    there = {node.node_id for node in nodes}
+
+    def present(features: Collection[tuple[int, int, int]]) -> list[str]:
+        names = (f"{layer}_{feature}_{position}" for layer, position, feature in features)
+        return [name for name in names if name in there]
+
+    supernodes = [[name, *members] for name, of in (groups or {}).items() if (members := present(of))]
+    shown = dict.fromkeys([*present(pinned), *(member for _, *members in supernodes for member in members)])
+    content = _File(
+        metadata=metadata, qParams=_QParams(pinnedIds=list(shown), supernodes=supernodes), nodes=nodes, links=links
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{slug}.json"
+    write_whole(path, (content.model_dump_json(indent=1) + "\n").encode())
+    _enter(folder / "graph-metadata.json", metadata)
+    return path
+
+
+def _nodes(trace: Trace, graph: Graph) -> tuple[list[_Node], dict[int, str]]:
+    """The nodes, and the id of the node that each of ours went into."""
+    rank = _cumulative(graph)
+    made: dict[str, _Node] = {}
+    ids: dict[int, str] = {}
+    table = graph.nodes
+    taken = {f"{n.layer}_{n.feature}_{n.position}" for n in table[table["kind"] == "feature"].itertuples()}
+    first_target = True
+    for row, node in enumerate(table.itertuples()):
+        if node.kind not in _KINDS:
+            continue
+        at = int(node.position)
+        common = {"ctx_idx": at, "feature_type": _KINDS[node.kind], "influence": rank[row]}
+        if node.kind == "feature":
+            layer, index = int(node.layer), int(node.feature)
+            paired = (layer + index) * (layer + index + 1) // 2 + index  # Cantor's pairing
+            new = _Node(
+                node_id=f"{layer}_{index}_{at}", feature=paired, layer=str(layer), jsNodeId=f"{layer}_{index}-0",
+                activation=node.activation, **common,
+            )  # fmt: skip
+        elif node.kind in ("error", "mlp"):
+            name = f"0_{node.layer}_{at}"
+            # That is also the id of layer 0's feature number ``layer``.
+            name = f"error_{node.layer}_{at}" if name in taken else name
+            new = _Node(node_id=name, feature=-1, layer=str(node.layer), jsNodeId=f"{node.layer}_{at}-0", **common)
+        elif node.kind in ("embedding", "position"):
+            token = int(trace.tokens[at])
+            new = _Node(node_id=f"E_{token}_{at}", feature=at, layer="E", jsNodeId=f"E_{token}-{at}", **common)
+        else:
+            layer, token = trace.model.cfg.n_layers + 1, node.logit
+            if pd.isna(token) or f"{layer}_{token}_{at}" in made:  # numbers behind the vocabulary, as in circuit-tracer
+                token = trace.model.cfg.d_vocab + len(ids)
+            common["influence"] = None
+            new = _Node(
+                node_id=f"{layer}_{token}_{at}", feature=token, layer=str(layer), jsNodeId=f"L_{token}-{at}",
+                token_prob=node.weight, is_target_logit=first_target, clerp=f"{node.name} (p={node.weight:.3f})",
+                **common,
+            )  # fmt: skip
+            first_target = False
+        made.setdefault(new.node_id, new)
+        ids[row] = new.node_id
+    return list(made.values()), ids
+
+
+def _cumulative(graph: Graph) -> list[float]:
+    """The share of all influence that a node and the more influential ones hold together: pruning keeps low ones."""
+    reached = influence(graph)
+    order = reached.argsort(descending=True)
+    shares = reached[order].cumsum(0) / reached.sum().clamp(min=1e-30)
+    return torch.empty_like(shares).scatter(0, order, shares).tolist()
+
+
+def _enter(path: Path, metadata: _Metadata) -> None:
+    listed = json.loads(read_text(path))["graphs"] if path.is_file() else []
+    listed = [other for other in listed if other["slug"] != metadata.slug] + [metadata.model_dump()]
+    write_whole(path, (json.dumps({"graphs": listed}, indent=1) + "\n").encode())

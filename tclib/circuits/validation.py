@@ -1,0 +1,149 @@
+"""Does a circuit predict what an edit does? Features of one prompt changed one at a time: predicted beside measured.
+
+Prediction is linear, from weights: (new - old activation) times what reaches the target. Measurement runs the model
+with (new - old) * f_dec added to the MLP's output, so that the transcoder's error stays. With patterns, scales and
+MLP outputs held the two are the same number; what is left free is what attribution froze.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tclib import interventions
+from tclib.activations import hook_out
+from tclib.circuits.direct_effects import Readers, Sources
+from tclib.sources import of_mlp
+from tclib.targets import Target
+from tclib.tracing import Trace
+
+ROWS = 64  # edits in one pass of the model
+
+
+def compare(
+    trace: Trace, edits: pd.DataFrame, targets: Sequence[Target], held: Sequence[interventions.Held] = ()
+) -> pd.DataFrame:
+    """Predicted and measured change of every target by every edit, one edit at a time.
+
+    Args:
+        edits: ``layer``, ``position``, ``feature`` and, unless features are to be removed, ``new``: what to set.
+        held: what must not answer the edit, see `tclib.interventions.hold`. With patterns, scales and MLPs held,
+            predicted equals measured: along all attention paths, or on the direct path alone if values are held too.
+
+    Returns:
+        One row per edit and target it can reach: ``layer``, ``position``, ``feature``, ``target``, ``predicted``,
+        ``measured``, in units of the target.
+
+    Raises:
+        ValueError: no such layer, position or feature; an edit of a silent feature (no table has a row for it); MLPs
+            held but values free with skip transcoders, whose skip paths are part of the prediction.
+    """
+    skips = any(t.W_skip is not None for t in trace.transcoders.values())
+    if skips and "mlps" in held and "values" not in held:
+        raise ValueError(
+            "the prediction runs through skip paths, which held MLPs cut: hold values too, or free the MLPs"
+        )
+    measured = measure(trace, edits, targets, held)
+    predicted = predict(trace, edits, targets, direct="values" in held)
+    rows = [
+        {"layer": e.layer, "position": e.position, "feature": e.feature, "target": t.name}
+        | {"predicted": predicted[i, k].item(), "measured": measured[i, k].item()}
+        for i, e in enumerate(_checked(trace, edits).itertuples())
+        for k, t in enumerate(targets)
+        if e.layer < t.layer and e.position <= t.position and (e.position == t.position or "values" not in held)
+    ]
+    return pd.DataFrame(rows, columns=["layer", "position", "feature", "target", "predicted", "measured"])
+
+
+@torch.no_grad()
+def predict(
+    trace: Trace, edits: pd.DataFrame, targets: Sequence[Target], direct: bool = False
+) -> Float[Tensor, "edit target"]:
+    """The linear change from weights: along all attention paths (paper, section 4.1), or the direct one alone."""
+    edits = _checked(trace, edits)
+    old = _old(trace, edits)
+    if (old == 0).any():
+        silent = edits[(old == 0).cpu().numpy()].iloc[0]
+        raise ValueError(
+            f"feature {silent.layer}/{silent.feature} is silent at {silent.position}: no table predicts it"
+        )
+    change = _new(edits, old) - old
+    if direct:
+        readers = torch.stack([t.pulled_back(trace) for t in targets])
+        written = torch.stack([_written(trace, e.layer, e.position, e.feature) for e in edits.itertuples()])
+        reached = [[e.layer < t.layer and e.position == t.position for t in targets] for e in edits.itertuples()]
+        return change[:, None] * (written @ readers.T) * torch.tensor(reached, device=change.device)
+    sources = Sources(trace)
+    effects = sources.effects(Readers.of_targets(trace, targets))  # [target, source]
+    keys = ["layer", "position", "feature"]
+    columns = pd.Series(
+        range(len(sources.features)), index=pd.MultiIndex.from_frame(sources.features[keys].astype(int))
+    )
+    index = columns.loc[pd.MultiIndex.from_frame(edits[keys])].tolist()
+    return effects[:, index].T * (change / old)[:, None]
+
+
+def _written(trace: Trace, layer: int, position: int, feature: int) -> Float[Tensor, " d_model"]:
+    """What a feature of activation 1 writes to the stream at a position."""
+    features = next(of_mlp(trace, layer))
+    return features.vectors(torch.tensor([feature], device=features.z.device))[0] * features.over[position]
+
+
+@torch.no_grad()
+def measure(
+    trace: Trace, edits: pd.DataFrame, targets: Sequence[Target], held: Sequence[interventions.Held] = ()
+) -> Float[Tensor, "edit target"]:
+    """How much each target changes in the model; the model is as it was afterwards, also after an error."""
+    edits = _checked(trace, edits)
+    old = _old(trace, edits)
+    change = _new(edits, old) - old
+    before = change.new_tensor([t.value(trace) for t in targets])
+    needed = {name for name in trace.cache if "hook_resid" in name or name.endswith(("hook_scale", "hook_embed"))}
+    out = change.new_zeros(len(edits), len(targets))
+    for start in range(0, len(edits), ROWS):
+        part = edits.iloc[start : start + ROWS]
+        hooks = interventions.hold(trace.cache, held) + _edit(trace, part, change[start : start + ROWS])
+        with interventions.edited(trace.model, hooks):
+            _, cache = trace.model.run_with_cache(trace.tokens.expand(len(part), -1), names_filter=needed.__contains__)
+        for row in range(len(part)):
+            changed = replace(trace, cache={name: cache[name][row] for name in needed})
+            out[start + row] = before.new_tensor([t.value(changed) for t in targets]) - before
+    return out
+
+
+def _edit(trace: Trace, edits: pd.DataFrame, change: Tensor) -> list[interventions.Hook]:
+    """Row i of the batch gets edit i."""
+    hooks = []
+    for layer in edits["layer"].unique().tolist():
+        rows = torch.tensor((edits["layer"] == layer).to_numpy().nonzero()[0], device=change.device)
+        here = edits[edits["layer"] == layer]
+        added = change.new_zeros(len(edits), *trace.cache[hook_out(layer)].shape)
+        index = torch.tensor(here["feature"].tolist(), device=change.device)
+        positions = torch.tensor(here["position"].tolist(), device=change.device)
+        added[rows, positions] = change[rows, None] * trace.transcoders[layer].W_dec[index]
+        hooks.append((trace.transcoders[layer].config.hook_out, lambda y, hook, added=added: y + added))
+    return hooks
+
+
+def _checked(trace: Trace, edits: pd.DataFrame) -> pd.DataFrame:
+    """Whole numbers, positions counted from the front; one sentence for what the trace does not have."""
+    missing = {"layer", "position", "feature"} - set(edits.columns)
+    if missing:
+        raise ValueError(f"the edits have no column {', '.join(sorted(missing))}")
+    edits = edits.reset_index(drop=True)
+    edits["position"] = [trace.position(p) for p in edits["position"]]
+    edits["feature"] = [trace.feature(*pair) for pair in zip(edits["layer"], edits["feature"], strict=True)]
+    return edits.astype({"layer": int, "position": int, "feature": int})
+
+
+def _old(trace: Trace, edits: pd.DataFrame) -> Float[Tensor, " edit"]:
+    return trace.like.new_tensor([trace.features[e.layer][e.position, e.feature] for e in edits.itertuples()])
+
+
+def _new(edits: pd.DataFrame, old: Tensor) -> Float[Tensor, " edit"]:
+    return old.new_tensor(edits["new"].tolist()) if "new" in edits else torch.zeros_like(old)

@@ -1,0 +1,24 @@
+"""Every feature at once: where each fired and how strongly, from one pass over a text, read in under a millisecond.
+
+The names below build and open an index. Import modules to read it: `feature_activations` (one feature), `search`,
+`connect` (its connections), `dashboard` and `dashboard_figure` (all about one feature).
+"""
+
+from tclib.features.build import build_index, merge
+from tclib.features.index import Index, NeverFired, fingerprint
+from tclib.features.predict import Plan, plan
+from tclib.features.summary import Summary, load_summary, save_summary, summarise
+
+__all__ = [
+    "Index",
+    "NeverFired",
+    "Plan",
+    "Summary",
+    "build_index",
+    "fingerprint",
+    "load_summary",
+    "merge",
+    "plan",
+    "save_summary",
+    "summarise",
+]

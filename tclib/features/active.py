@@ -1,0 +1,114 @@
+"""Which features are active at which tokens, without a matrix of everything that outlives one chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16, Int, Int32
+from torch import Tensor
+
+from tclib.training.fast.int8 import IntegerScreen, Rounded, int8_hardware
+from tclib.training.fast.pairs import Pairs as Product
+from tclib.training.fast.screening import CHUNK, Screen, bfloat16_hardware
+from tclib.transcoder import Transcoder
+
+LARGEST = float(np.finfo(np.float16).max)
+SCREENED_FROM = 2**22  # encoder weights; below, the plain product costs next to nothing
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Active pairs. Those of one feature stand in the order of their tokens."""
+
+    tokens: Int32[np.ndarray, " pair"]
+    features: Int32[np.ndarray, " pair"]
+    values: Float16[np.ndarray, " pair"]
+
+
+class Finder:
+    """Finds all z > 0 of a batch.
+
+    Large encoders are screened on processors that have bfloat16: a product in int8 or bfloat16 that misses no active
+    pair, and the few candidates again in full precision (`training.fast.int8`, `training.fast.screening`). Which
+    way is taken depends on the transcoder, the batch and the processor alone.
+    """
+
+    def __init__(self, transcoder: Transcoder):
+        self.transcoder, self.screen = transcoder, None
+        W = transcoder.W_enc
+        plain = W.device.type != "cpu" or W.dtype != torch.float32 or W.numel() < SCREENED_FROM
+        if transcoder.config.activation != "topk" and not plain and bfloat16_hardware():
+            self.rows = W.detach().T.contiguous()  # a feature's weights side by side
+            self.screen = _FixedScreen(*self.rows.shape)
+            self.integers = _FixedIntegers() if int8_hardware() else None
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "token d_in"]) -> Pairs:
+        """
+        Raises:
+            ValueError: an activation that float16 cannot hold.
+        """
+        tokens, features, values = (self._screened if self.screen and len(x) else self._plain)(x)
+        if len(values) and not values.max() <= LARGEST:
+            raise ValueError(f"an activation of {values.max():.3g} does not fit float16, which ends at {LARGEST:.0f}")
+        return Pairs(tokens.astype(np.int32), features.astype(np.int32), values.astype(np.float16))
+
+    def _screened(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        t = self.transcoder
+        floor = torch.zeros_like(t.b_enc) if t.threshold is None else t.threshold.clamp(min=0)
+        found = self.integers(x, self.rows, t.b_enc, floor) if self.integers else None
+        keys = self.screen(x, self.rows, t.b_enc, floor).sort().values if found is None else found[0]
+        found = Product.of(keys, *self.rows.shape[:1], len(x))
+        values = found.dots(self.rows, x) + t.b_enc[found.feature]
+        above = values > floor[found.feature]
+        return tuple(column[above].numpy() for column in (found.token, found.feature, values))
+
+    def _plain(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        parts = [(np.empty(0, int), np.empty(0, int), np.empty(0))]
+        for start in range(0, len(x), CHUNK):
+            z = self.transcoder.encode(x[start : start + CHUNK])
+            index = nonzero(z)
+            token, feature = np.divmod(index.cpu().numpy(), z.shape[1])
+            parts.append((token + start, feature, z.flatten()[index].float().cpu().numpy()))
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+class _FixedScreen(Screen):
+    """Weights that do not change are loaded once."""
+
+    loaded = None
+
+    def load(self, weights: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        if self.loaded is None:
+            self.loaded = super().load(weights, bias)
+        return self.loaded
+
+
+class _FixedIntegers(IntegerScreen):
+    """The same in int8; all layers use one room, in turn."""
+
+    loaded, shared = None, None
+
+    def __init__(self):
+        if _FixedIntegers.shared is None:
+            super().__init__()
+            _FixedIntegers.shared = self.room, self.above
+        self.room, self.above = _FixedIntegers.shared
+
+    def load(self, weights: Tensor, common: bool) -> Rounded:
+        if self.loaded is None:
+            self.loaded = super().load(weights, common)
+        return self.loaded
+
+
+def nonzero(z: Float[Tensor, "token feature"]) -> Int[Tensor, " pair"]:
+    """Flat indices of z > 0, ascending: on a CPU eight values are looked at in one step, since almost all are zero."""
+    fired = z > 0
+    if fired.device.type != "cpu" or fired.numel() % 8:
+        return fired.flatten().nonzero().squeeze(1)
+    words = fired.flatten().numpy().view(np.uint64)
+    some = np.flatnonzero(words)
+    word, byte = np.nonzero(words[some].view(np.uint8).reshape(-1, 8))
+    return torch.from_numpy(8 * some[word] + byte)

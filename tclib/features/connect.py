@@ -1,0 +1,102 @@
+"""Strongest connections of a feature, by weights alone and weighted by the text of an index, without another pass.
+
+With V = f_dec . f_enc (centred if the norm centres), z the later and z_i the earlier activation, scale the LayerNorm
+scale at the later layer's MLP, over all tokens but BOS (as `tclib.connections.data_weighted`):
+
+    input_x_gradient = V E[ 1(z > 0) z_i / scale ]
+    target_weighted  = V E[ z z_i / scale ] / E[ z ]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+
+from tclib.features.index import Index, NeverFired
+from tclib.features.search import sums
+from tclib.inputs import feature_of
+from tclib.transcoder import Transcoder
+
+COLUMNS = ["layer", "feature", "input_invariant", "input_x_gradient", "target_weighted"]
+
+
+@torch.no_grad()
+def incoming(index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int) -> pd.DataFrame:
+    """Every feature of every earlier layer as a source of one feature, on the direct path.
+
+    Returns:
+        ``layer``, ``feature``, ``input_invariant``, ``input_x_gradient``, ``target_weighted``; the last two are NaN if
+        the feature never fired.
+    """
+    feature = _feature(index, transcoders, layer, feature)
+    f_enc = _centred(index, transcoders[layer].W_enc[:, feature]).cpu()
+    tables = [_empty()]
+    for earlier in sorted(at for at in transcoders if at < layer):
+        V = (transcoders[earlier].W_dec.cpu() @ f_enc).numpy()
+        table = pd.DataFrame({"layer": earlier, "feature": np.arange(len(V)), "input_invariant": V})
+        try:
+            positions, values = index.entries(layer, feature)
+        except NeverFired:
+            tables.append(table)
+            continue
+        fires, strength = _at(index, positions, 1.0), _at(index, positions, values)
+        scale = index.scale[layer]
+        table["input_x_gradient"] = V * sums(index, earlier, fires / scale, activations=True) / index.n_tokens
+        total = values.sum(dtype=np.float64)
+        table["target_weighted"] = V * sums(index, earlier, strength / scale, activations=True) / total
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)[COLUMNS]
+
+
+@torch.no_grad()
+def outgoing(index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int) -> pd.DataFrame:
+    """Every feature of every later layer as a reader of one feature, on the direct path; columns as `incoming`."""
+    feature = _feature(index, transcoders, layer, feature)
+    f_dec = _centred(index, transcoders[layer].W_dec[feature]).cpu()
+    tables = [_empty()]
+    for later in sorted(at for at in transcoders if at > layer):
+        V = (f_dec @ transcoders[later].W_enc.cpu()).numpy()
+        table = pd.DataFrame({"layer": later, "feature": np.arange(len(V)), "input_invariant": V})
+        try:
+            positions, values = index.entries(layer, feature)
+        except NeverFired:
+            tables.append(table)
+            continue
+        written = _at(index, positions, values) / index.scale[later]
+        table["input_x_gradient"] = V * sums(index, later, written) / index.n_tokens
+        totals = sums(index, later, np.ones(len(written), np.float32), activations=True)
+        together = sums(index, later, written, activations=True)
+        table["target_weighted"] = V * np.divide(together, totals, out=np.zeros_like(together), where=totals > 0)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)[COLUMNS]
+
+
+def strongest(table: pd.DataFrame, by: str, k: int = 8) -> pd.DataFrame:
+    """The k connections of largest magnitude."""
+    return table.dropna(subset=[by]).sort_values(by, key=abs, ascending=False, kind="stable", ignore_index=True).head(k)
+
+
+def _feature(index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int) -> int:
+    return feature_of(transcoders, layer, index.feature(layer, feature))
+
+
+def _centred(index: Index, vector: torch.Tensor) -> torch.Tensor:
+    if index.about.get("norm_after"):
+        raise ValueError(
+            "these transcoders write through a norm, whose scales the index does not have: use "
+            "tclib.connections.data_weighted"
+        )
+    return vector - vector.mean() if index.about.get("centres", True) else vector
+
+
+def _at(index: Index, positions: np.ndarray, values) -> np.ndarray:
+    dense = np.zeros(len(index.flat_tokens), np.float32)
+    dense[positions] = values
+    return dense
+
+
+def _empty() -> pd.DataFrame:
+    return pd.DataFrame({name: pd.Series(dtype=int if name in COLUMNS[:2] else float) for name in COLUMNS})

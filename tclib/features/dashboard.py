@@ -1,0 +1,158 @@
+"""What a feature's page shows: collected once, as tables, from an index, the weights and, if there are any, labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from tclib import connections, targets
+from tclib.activations import hook_in, hook_out
+from tclib.circuits.neuronpedia import neuronpedia_url
+from tclib.features import NeverFired, connect, feature_activations, search
+from tclib.features.index import Index
+from tclib.inputs import bos_id, feature_of
+from tclib.model import token_strings
+from tclib.tracing import trace
+from tclib.transcoder import Transcoder, TranscoderConfig
+
+LIVE = 1e-4  # the paper calls a feature live if it fires more than once in 10,000 tokens
+
+
+@dataclass(frozen=True)
+class Example:
+    """One activation in its context."""
+
+    band: int  # 0: among the strongest of all; 1 to n: drawn from a band, strongest band first
+    low: float
+    high: float
+    row: int
+    position: int
+    tokens: list[str]
+    activations: np.ndarray
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """All tables of one feature. Those that need activations are empty if it never fired."""
+
+    name: str  # mlp2[867]
+    layer: int
+    feature: int
+    statistics: pd.Series  # tokens, count, frequency, live, mean, max
+    histogram: pd.DataFrame  # low, high, count
+    examples: list[Example]
+    top_tokens: pd.DataFrame  # token (text), count, share, of_token, mean
+    logit_lens: pd.Series  # by token, largest first, all of the vocabulary
+    de_embedding: pd.Series  # the same
+    incoming: pd.DataFrame  # layer, feature, input_invariant, input_x_gradient, target_weighted
+    outgoing: pd.DataFrame  # the same
+    heads: pd.DataFrame  # [layer, head]: length of what the feature reads through a head's OV, relative to direct
+    latents: pd.DataFrame | None  # latent, precision, recall, f1
+    similar: pd.DataFrame  # feature, cosine of decoder rows
+    link: str | None
+
+
+@torch.no_grad()
+def collect(
+    model: TransformerBridge,
+    transcoders: Mapping[int, Transcoder],
+    index: Index,
+    layer: int,
+    feature: int,
+    truth: pd.DataFrame | None = None,
+    strongest: int = 5,
+    bands: int = 5,
+    each: int = 3,
+    seed: int = 0,
+) -> Dashboard:
+    """Everything about one feature. No forward pass over text is run: an index holds it.
+
+    Args:
+        truth: the latents of the index's text (`tclib.evaluation.ground_truth.truth`), if it is labelled.
+        strongest: examples of the largest activations.
+        bands, each: quantile bands, and examples drawn from each with ``seed``.
+
+    Raises:
+        ValueError: a layer or feature that is not there, or an index made from other weights.
+    """
+    feature = feature_of(transcoders, layer, index.feature(layer, feature))
+    index.check(model, {layer: transcoders[layer]})
+    # Input-invariant numbers are the same at every prompt; BOS alone is the shortest.
+    traced = trace(model, dict(transcoders), torch.tensor([bos_id(model) or 0]))
+    target = targets.feature(traced, layer, feature, 0)
+    fired = feature_activations.count(index, layer, feature) > 0
+    return Dashboard(
+        name=f"mlp{layer}[{feature}]",
+        layer=layer,
+        feature=feature,
+        statistics=_statistics(index, layer, feature),
+        histogram=feature_activations.histogram(index, layer, feature)
+        if fired
+        else pd.DataFrame(columns=["low", "high", "count"]),
+        examples=_examples(model, index, layer, feature, strongest, bands, each, seed) if fired else [],
+        top_tokens=_top_tokens(model, index, layer, feature),
+        logit_lens=connections.logit_lens(traced, layer, feature),
+        de_embedding=connections.de_embed(traced, target),
+        incoming=connect.incoming(index, transcoders, layer, feature),
+        outgoing=connect.outgoing(index, transcoders, layer, feature),
+        heads=_heads(traced, target),
+        latents=search.latents_of(index, layer, feature, truth) if truth is not None and fired else None,
+        similar=search.by_similarity(transcoders[layer], feature, 5),
+        link=neuronpedia(transcoders[layer].config, layer, feature),
+    )
+
+
+def neuronpedia(config: TranscoderConfig, layer: int, feature: int) -> str | None:
+    """The feature's page on Neuronpedia: of the paper's own GPT2-small transcoders there are some."""
+    paper = config.model_name in ("gpt2", "gpt2-small") and config.d_features == 24_576
+    if not paper or (config.hook_in, config.hook_out) != (hook_in(layer), hook_out(layer)):
+        return None
+    return neuronpedia_url(layer, feature)
+
+
+def _statistics(index: Index, layer: int, feature: int) -> pd.Series:
+    number = feature_activations.count(index, layer, feature)
+    share = number / max(index.n_tokens, 1)
+    mean, largest = float("nan"), float("nan")
+    if number:
+        values = index.entries(layer, feature)[1].astype(np.float32)
+        mean, largest = float(values.mean()), float(values.max())
+    entries = {"tokens": index.n_tokens, "count": number, "frequency": share, "live": share > LIVE}
+    return pd.Series(entries | {"mean": mean, "max": largest}, dtype=object)
+
+
+def _examples(model, index: Index, layer: int, feature: int, strongest: int, n: int, each: int, seed: int):
+    best = feature_activations.top(index, layer, feature, strongest)
+    best = best.assign(band=0, low=best["activation"].min(), high=best["activation"].max())
+    table = pd.concat([best, feature_activations.bands(index, layer, feature, n, each, seed)])
+    examples = []
+    for row in table.itertuples():
+        found = feature_activations.context(index, layer, feature, row.row, row.position)
+        words = token_strings(model, torch.tensor(found.tokens.tolist()))
+        place = (row.band, row.low, row.high, row.row, row.position)
+        examples.append(Example(*place, words, found.activations))
+    return examples
+
+
+def _top_tokens(model, index: Index, layer: int, feature: int) -> pd.DataFrame:
+    try:
+        table = feature_activations.top_tokens(index, layer, feature)
+    except NeverFired:
+        return pd.DataFrame(columns=["token", "count", "share", "of_token", "mean"])
+    return table.assign(token=token_strings(model, torch.tensor(table["token"].tolist())))
+
+
+def _heads(traced, target) -> pd.DataFrame:
+    layers = list(traced.attention_before(target.place, target.layer))
+    direct = connections.reader(traced, target).norm()
+
+    def length(at: int, head: int) -> float:
+        return (connections.reader(traced, target, [(at, head)]).norm() / direct).item()
+
+    heads = range(traced.model.cfg.n_heads)
+    return pd.DataFrame([[length(at, head) for head in heads] for at in layers], index=pd.Index(layers, name="layer"))

@@ -1,0 +1,62 @@
+"""What an index will take on disk and in memory, measured on a few rows of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from tclib.features.active import CHUNK, Finder
+from tclib.features.build import BATCH_ROWS, MERGED_AT_ONCE, PART_TOKENS, active_pairs, check_input
+from tclib.features.index import DTYPES
+from tclib.training.fast.int8 import ROOM
+from tclib.transcoder import Transcoder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an index will take, from a few rows of the text."""
+
+    tokens: int
+    activations: dict[int, int]  # by layer
+    disk: int  # bytes of the finished index, but for its tables of tokens: 3.2 kB for each feature that fires often
+    working_disk: int  # bytes at the worst moment, parts included
+    memory: int  # bytes beside the weights; grows with a batch and a part, not with the text
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens:,} tokens, about {sum(self.activations.values()):,} activations: {self.disk / 1e6:,.1f} MB "
+            f"on disk ({self.working_disk / 1e6:,.1f} MB while it is made), {self.memory / 1e6:,.0f} MB of memory"
+        )
+
+
+def plan(model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens: Int[Tensor, "row pos"]) -> Plan:
+    """Predict disk and memory before anything long is run; the density is measured on one batch of rows.
+
+    Raises:
+        ValueError: no text, or transcoders that do not fit the model.
+    """
+    tokens = check_input(model, transcoders, tokens)
+    spread = torch.linspace(0, len(tokens) - 1, min(BATCH_ROWS, len(tokens))).long().unique()
+    finders = {layer: Finder(t) for layer, t in transcoders.items()}
+    found = active_pairs(model, finders, tokens[spread], 0)
+    share = len(tokens) / len(spread)
+    activations = {layer: round(len(pairs["values"]) * share) for layer, pairs in found.items()}
+    each = sum(d.itemsize for d in DTYPES.values())
+    fixed = sum(8 * (t.config.d_features + 1) + 4 * tokens.numel() for t in transcoders.values()) + 4 * tokens.numel()
+    disk = each * sum(activations.values()) + fixed
+    batch, width = min(BATCH_ROWS, len(tokens)) * tokens.shape[1], tokens.shape[1]
+    c = model.cfg
+    forward = 4 * batch * (20 * c.d_model + 4 * c.n_heads * width + 2 * len(transcoders) * c.d_model)
+    encoding = 4 * 4 * CHUNK * max(t.config.d_features for t in transcoders.values())
+    large = [f for f in finders.values() if f.screen]
+    encoding += sum(8 * f.rows.numel() for f in large) + (5 * ROOM if large else 0)  # rows, bfloat16 and int8 copies
+    of_part = min(1.0, PART_TOKENS / tokens.numel())
+    collected = (10 * sum(activations.values()) + 40 * max(activations.values())) * of_part
+    return Plan(
+        tokens.numel(), activations, disk, 2 * disk, round(forward + encoding + collected + 40 * MERGED_AT_ONCE)
+    )

@@ -1,0 +1,123 @@
+"""What remains of an index when the text is large and the file must be small: statistics and a few examples of each
+feature. One for the bundled transcoders is in ``data/features.npz``, made by ``python -m making.features``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jaxtyping import UInt16
+from transformer_lens.model_bridge import TransformerBridge
+
+from tclib.features import feature_activations, search
+from tclib.features.index import Index, fingerprint
+from tclib.io.paths import data_path, write_whole
+from tclib.transcoder import Transcoder
+
+STRONGEST, BANDS, EACH = 5, 5, 2  # examples kept of each feature
+
+
+@dataclass(frozen=True)
+class Summary:
+    """``features``: layer, feature, count, frequency, mean, max, token (the commonest it fires on), token_share, latent
+    (the one its firing predicts best, None without labels or firings), f1. ``examples``: layer, feature, band (0: the
+    strongest; 1 to 5: quantile bands, strongest first), row, position, activation. ``tokens``: the text they are from.
+    """
+
+    about: dict
+    features: pd.DataFrame
+    examples: pd.DataFrame
+    tokens: UInt16[np.ndarray, "row pos"]
+
+
+def summarise(index: Index, truth: pd.DataFrame | None = None, seed: int = 0) -> Summary:
+    """Statistics and examples of every feature of an index."""
+    features, examples = [], []
+    for layer in index.layers:
+        table = search.statistics(index, layer).assign(layer=layer, token=-1, token_share=np.nan)
+        best = search.best_latents(index, layer, truth) if truth is not None else None
+        table["latent"] = best["latent"].to_numpy() if best is not None else None
+        table["f1"] = best["f1"].to_numpy() if best is not None else np.nan
+        for feature in np.flatnonzero(table["count"]):
+            (first,) = feature_activations.top_tokens(index, layer, feature, 1).itertuples()
+            table.loc[feature, ["token", "token_share"]] = first.token, first.share
+            strongest = feature_activations.top(index, layer, feature, STRONGEST).assign(band=0)
+            drawn = feature_activations.bands(index, layer, feature, BANDS, EACH, seed)
+            examples.append(pd.concat([strongest, drawn]).assign(layer=layer, feature=feature))
+        features.append(table)
+    kept = ["layer", "feature", "band", "row", "position", "activation"]
+    order = ["layer", "feature", "count", "frequency", "mean", "max", "token", "token_share", "latent", "f1"]
+    about = {**index.about, "tokens": index.n_tokens}
+    found = pd.concat(examples, ignore_index=True)[kept] if examples else pd.DataFrame(columns=kept)
+    table = pd.concat(features, ignore_index=True)[order].astype({"token": int})
+    return Summary(about, table, found, index.tokens.astype(np.uint16))
+
+
+def save_summary(summary: Summary, path: str | Path) -> None:
+    """One compressed .npz; numbers in 16 bits where that is enough."""
+    f, e = summary.features, summary.examples
+    names = sorted(set(f["latent"].dropna()))
+    about = {**summary.about, "latents": names}
+    number = {name: i for i, name in enumerate(names)}
+    arrays = {
+        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        "tokens": summary.tokens,
+        "count": f["count"].to_numpy(np.int32),
+        "token": f["token"].to_numpy(np.int32),
+        "latent": f["latent"].map(number).fillna(-1).to_numpy(np.int16),
+        "examples": e.groupby(["layer", "feature"]).size().reindex(_of(f), fill_value=0).to_numpy(np.uint8),
+        "band": e["band"].to_numpy(np.uint8),
+        "place": (e["row"] * summary.tokens.shape[1] + e["position"]).to_numpy(np.int32),
+        "activation": e["activation"].to_numpy(np.float16),
+    }
+    arrays |= {name: f[name].to_numpy(np.float16) for name in ("mean", "max", "token_share", "f1")}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_whole(Path(path), buffer.getvalue())
+
+
+def load_summary(
+    model: TransformerBridge, transcoders: Mapping[int, Transcoder], path: str | Path | None = None
+) -> Summary:
+    """Read what `save_summary` wrote; by default that of the bundled transcoders.
+
+    Raises:
+        ValueError: no or a damaged file, or one of other weights (both fingerprints are named).
+    """
+    path = data_path("features.npz") if path is None else Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            a = {name: file[name] for name in file.files}
+        about = json.loads(a["about"].tobytes())
+        made = {"the model": about["model"]} | {f"layer {k}": v["weights"] for k, v in about["layers"].items()}
+    except FileNotFoundError:
+        raise ValueError(f"no summary at {path}: make it with summarise and save_summary") from None
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"the summary {path.name} is damaged: {error}") from error
+    present = {"the model": fingerprint(model)} | {f"layer {k}": fingerprint(t) for k, t in transcoders.items()}
+    for name, found in present.items():
+        if made.get(name) != found:
+            raise ValueError(f"the summary {path.name} was made from {made.get(name)} as {name}, not from {found}")
+    sizes = {int(layer): entry["features"] for layer, entry in about["layers"].items()}
+    f = pd.DataFrame({"layer": np.repeat(list(sizes), list(sizes.values()))})
+    f["feature"] = np.concatenate([np.arange(n) for n in sizes.values()])
+    f["count"], f["frequency"] = a["count"], a["count"] / about["tokens"]
+    f["mean"], f["max"] = a["mean"].astype(np.float32), a["max"].astype(np.float32)
+    f["token"], f["token_share"] = a["token"], a["token_share"].astype(np.float32)
+    f["latent"] = np.array([*about["latents"], None], dtype=object)[a["latent"]]
+    f["f1"] = a["f1"].astype(np.float32)
+    e = f.loc[np.repeat(np.arange(len(f)), a["examples"]), ["layer", "feature"]].reset_index(drop=True)
+    e["band"] = a["band"]
+    e["row"], e["position"] = np.divmod(a["place"], a["tokens"].shape[1])
+    return Summary(about, f, e.assign(activation=a["activation"].astype(np.float32)), a["tokens"])
+
+
+def _of(features: pd.DataFrame) -> pd.MultiIndex:
+    return pd.MultiIndex.from_frame(features[["layer", "feature"]])

@@ -1,0 +1,74 @@
+"""Where the bundled files are, whatever the working directory, and how a file is written whole."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def data_path(*parts: str) -> Path:
+    """Path of a bundled file or folder, for example ``data_path("model", "config.json")``.
+
+    A wheel carries the data as ``tclib/data``; a clone has it beside the package, as ``data/``.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+    """
+    packaged = _PACKAGE / "data"
+    root = packaged if packaged.is_dir() else _PACKAGE.parent / "data"
+    path = root.joinpath(*parts)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: reinstall tclib, or restore data/ in your clone (`git checkout -- data`)."
+        )
+    return path
+
+
+def decoded(content: bytes, path: Path) -> str:
+    """Text of a file in UTF-8, whatever the platform's encoding; a byte order mark is no part of it.
+
+    Raises:
+        ValueError: another encoding.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+        if "\0" not in text:
+            return text.replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError:
+        pass
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content
+    kind = "UTF-16, or no text" if marked else "latin-1 or another encoding, or damaged"
+    raise ValueError(f"{path} is not text in UTF-8 (it may be {kind}): save it as UTF-8")
+
+
+def read_text(path: Path) -> str:
+    """`decoded`, of a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: another encoding.
+    """
+    return decoded(path.read_bytes(), path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself must reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

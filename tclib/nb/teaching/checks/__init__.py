@@ -1,0 +1,39 @@
+"""One check per exercise. Each takes the student's function or value and finds the right one by another route.
+
+The functions below are all that notebooks use; a module has those of one notebook.
+"""
+
+from tclib.nb.teaching.checks.check_blind import blind_rule, keys_too, moved_rule
+from tclib.nb.teaching.checks.check_circuits import invariant, through_head, two_tokens
+from tclib.nb.teaching.checks.check_evaluation import auroc, fvu_in_pieces, paired_interval, recovered_from_mean
+from tclib.nb.teaching.checks.check_features import promoted, tokens_needed, two_shares
+from tclib.nb.teaching.checks.check_greater_than import backward_difference, keep_live, moving_head, warmer
+from tclib.nb.teaching.checks.check_search import attention_moves, path_contribution, removal
+from tclib.nb.teaching.checks.check_training import best_activation, dodge, fold, forward
+
+__all__ = [
+    "attention_moves",
+    "auroc",
+    "backward_difference",
+    "best_activation",
+    "blind_rule",
+    "dodge",
+    "fold",
+    "forward",
+    "fvu_in_pieces",
+    "invariant",
+    "keep_live",
+    "keys_too",
+    "moved_rule",
+    "moving_head",
+    "paired_interval",
+    "path_contribution",
+    "promoted",
+    "recovered_from_mean",
+    "removal",
+    "through_head",
+    "tokens_needed",
+    "two_shares",
+    "two_tokens",
+    "warmer",
+]

@@ -1,0 +1,158 @@
+"""The sparse training step: what `trainer.Student` computes, for active features alone.
+
+Only active pairs of feature and token have an activation or a gradient, and there are few of them. What is left of the
+dense step is the encoder product that finds them (`active`). The rest are sums over pairs:
+
+    error = y - z W_dec - b_dec        r = dL/d(output) = -2 error        dL/dz = r W_dec^T + price
+    dW_dec = z^T r                     dW_enc = x^T dL/dz                 db_enc = sum of dL/dz
+
+`Student` stays the definition: gradients are equal up to the order of sums, and while many features are active it does
+the work itself. Adam is dense in both: a feature without a gradient still moves by its momentum.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool
+from torch import Tensor
+
+from tclib.training import distributed
+from tclib.training.config import TrainConfig
+from tclib.training.fast.active_pairs import Active
+from tclib.training.fast.pairs import Pairs
+from tclib.training.fast.screening import CHUNK
+from tclib.training.trainer import Student
+from tclib.transcoder import Transcoder
+
+
+def make_student(layer: int, x: Tensor, y: Tensor, config: TrainConfig) -> Student:
+    """The sparse student for large transcoders where it is exact and was measured: on processors, in full precision."""
+    full = x.dtype in (torch.float32, torch.float64) and not config.bfloat16
+    sparse = config.d_features >= config.sparse_from and full and x.device.type == "cpu"
+    return (SparseStudent if sparse else Student)(layer, x, y, config)
+
+
+class SparseStudent(Student):
+    """A `Student` that computes active features alone while few are active (`TrainConfig.sparse_below`)."""
+
+    def __init__(self, layer: int, x: Tensor, y: Tensor, config: TrainConfig):
+        super().__init__(layer, x, y, config)
+        W_enc = self.transcoder.W_enc
+        W_enc.data = W_enc.data.T.contiguous().T  # a feature's weights side by side
+        expected = config.k or config.start_l0 or config.d_features
+        self.density = torch.tensor(expected / config.d_features, dtype=torch.float64)  # of the step before
+        self.find = Active(self.transcoder, config)
+
+    def gradients(self, x: Tensor, y: Tensor, ramp: float = 1.0) -> tuple[tuple[Tensor, ...], Tensor | Pairs]:
+        """As `Student.gradients`; a sparse step gives the activations as pairs, with values ``z``."""
+        if self.density < self.config.sparse_below:
+            sums, z = self._sparse_gradients(x, y, ramp)
+            visited = torch.tensor(len(z), dtype=torch.float64)
+        else:
+            sums, z = super().gradients(x, y, ramp)
+            visited = sums[2].double()
+        self.density = distributed.total(visited) / (len(x) * distributed.world() * self.config.d_features)
+        return sums, z
+
+    @torch.no_grad()
+    def _sparse_gradients(self, x: Tensor, y: Tensor, ramp: float) -> tuple[tuple[Tensor, ...], Pairs]:
+        t, c, share = self.transcoder, self.config, 1 / (len(x) * distributed.world())
+        found, pre = self.find(x, bool(self.density < c.screen_below))
+        threshold = t.threshold[found.feature] if c.activation == "jumprelu" else torch.zeros_like(pre)
+        active = pre > threshold
+        found.z = pre * active
+        error = found.token_sums(found.z, t.W_dec).neg_().add_(y).sub_(t.b_dec)
+        if t.W_skip is not None:
+            error -= x @ t.W_skip
+            _grad(t.W_skip).copy_(-2 * share * (x.T @ error))
+        r = -2 * share * error
+        _grad(t.b_dec).copy_(r.sum(0))
+        squared = error.flatten().dot(error.flatten())
+        loss, count = squared.clone(), active.sum().to(squared)
+
+        pairs, z = found, found.z
+        if c.activation.endswith("topk") and c.aux and self.dead().any():
+            pairs, z, x, r, missed = self._with_dead(found, x, r, error)
+            loss += missed
+        pull = pairs.dots(t.W_dec, r)  # dL/dz
+        if c.activation == "jumprelu":
+            window = (pre - threshold).abs() < c.bandwidth / 2
+            through = (threshold * pull + share * ramp * c.l0) * window / -c.bandwidth
+            _grad(t.threshold).zero_().index_add_(0, pairs.feature, through)
+            loss += ramp * c.l0 * count
+        if c.activation == "relu":
+            price = torch.full_like(t.b_enc, ramp * c.l1) if c.unit_norm else ramp * c.l1 * t.W_dec.norm(dim=1)
+            loss += (price[pairs.feature] * z).sum()
+            pull += share * price[pairs.feature]
+        pull *= z > 0
+        pairs.feature_sums(z, r, _grad(t.W_dec))
+        pairs.feature_sums(pull, x, _grad(t.W_enc).T)
+        _grad(t.b_enc).zero_().index_add_(0, pairs.feature, pull)
+        if c.activation == "relu" and not c.unit_norm:  # the price grows with the length of the row
+            paid = torch.zeros_like(t.b_enc).index_add_(0, pairs.feature, z) * price
+            t.W_dec.grad.addcmul_(t.W_dec, (share * paid / t.W_dec.pow(2).sum(1))[:, None])
+        for p in self.adam.param_groups[0]["params"]:
+            distributed.total(p.grad)
+        return (loss, squared, count), found
+
+    def _with_dead(self, pairs: Pairs, x: Tensor, r: Tensor, error: Tensor) -> tuple[Pairs, *tuple[Tensor, ...]]:
+        """Aux-k: dead features see each token a second time, with what was missed there as their target."""
+        t, c, n, dead = self.transcoder, self.config, len(x), self.dead().nonzero().squeeze(1)
+        k = min(len(dead), t.config.d_out // 2)
+        W, b = t.W_enc[:, dead], t.b_enc[dead]
+        parts = [(part @ W + b).relu().topk(k, sorted=False) for part in x.split(CHUNK)]
+        value, index = (torch.cat(column) for column in zip(*parts, strict=True))
+        feature = dead[index]
+        missed = error - F.embedding_bag(feature, t.W_dec.detach(), mode="sum", per_sample_weights=value)
+        token, place = (value > 0).nonzero(as_tuple=True)
+        feature, value = feature[token, place], value[token, place]
+        key, order = torch.cat([pairs.feature * 2 * n + pairs.token, feature * 2 * n + n + token]).sort()
+        both = Pairs.of(key, c.d_features, 2 * n), torch.cat([pairs.z, value])[order]
+        again = -2 * c.aux / (n * distributed.world()) * missed
+        return *both, torch.cat([x, x]), torch.cat([r, again]), c.aux * missed.pow(2).sum()
+
+    def update(self) -> None:
+        W = self.transcoder.W_enc
+        _turn(W)  # Adam is five times as slow on a matrix that does not lie in memory row by row
+        super().update()
+        _turn(W)
+
+    def fired(self, z: Tensor | Pairs) -> Bool[Tensor, " d_features"]:
+        if isinstance(z, Tensor):
+            return super().fired(z)
+        return torch.zeros_like(self.silent, dtype=torch.bool).index_fill(0, z.feature[z.z > 0], True)
+
+    def smallest(self, z: Tensor | Pairs, tokens: int) -> Tensor:
+        return super().smallest(z if isinstance(z, Tensor) else z.z, tokens)
+
+    def finished(self) -> Transcoder:
+        t = super().finished()
+        t.W_enc.data = t.W_enc.data.contiguous()
+        return t
+
+    def state(self) -> dict[str, Tensor]:
+        return _turned(super().state()) | {"density": self.density}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        super().restore(_turned(tensors))
+        self.density = tensors.get("density", self.density)  # a run may begin on a GPU, by the plain step
+
+
+def _grad(p: Tensor) -> Tensor:
+    """The gradient's memory, laid out as the parameter; it is written anew in each step."""
+    if p.grad is None:
+        p.grad = torch.empty_like(p)
+    return p.grad
+
+
+def _turn(p: torch.nn.Parameter) -> None:
+    """Transpose a parameter and its gradient where they are."""
+    grad, p.grad = p.grad, None
+    p.data = p.data.T
+    p.grad = grad.T
+
+
+def _turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Checkpoints hold Adam's moments as the plain step has them."""
+    return {k: v.T.contiguous() if k.startswith("adam.W_enc.exp") else v for k, v in tensors.items()}

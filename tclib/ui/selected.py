@@ -1,0 +1,48 @@
+"""One feature that all explorers share: chosen in one, its card opens in the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ipywidgets as w
+import torch
+import traitlets
+from transformer_lens.model_bridge import TransformerBridge
+
+from tclib.features.index import Index
+from tclib.features.summary import Summary
+from tclib.inputs import bos_id
+from tclib.tracing import trace
+from tclib.transcoder import Transcoder
+from tclib.ui.browser import card
+
+
+class Selected(traitlets.HasTraits):
+    """Give the same one to several explorers. ``feature`` is (layer, feature), or None before anything is chosen."""
+
+    feature = traitlets.Tuple(traitlets.Int(), traitlets.Int(), default_value=None, allow_none=True)
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        transcoders: Mapping[int, Transcoder],
+        summary: Summary | None = None,
+        index: Index | None = None,
+    ):
+        """Args:
+        summary: what the card tells of text; without it, the card tells of weights alone.
+        index: where the card's histogram comes from; without it, there is none.
+        """
+        super().__init__()
+        self.summary, self.index = summary, index
+        self._traced = trace(model, dict(transcoders), torch.tensor([bos_id(model) or 0]))
+        self.card = w.HTML()
+
+    def choose(self, layer: int, feature: int) -> None:
+        """Open the card of a feature, here and in every explorer.
+
+        Raises:
+            ValueError: no such feature.
+        """
+        self.card.value = card(self._traced, self.summary, layer, feature, self.index)
+        self.feature = (layer, feature)
