@@ -17,7 +17,7 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        pattern = (q @ k.transpose(-1, -2)).add_(mask).softmax(-1).to(q.dtype)
+        pattern = (q @ k.transpose(-1, -2)).add_(mask.to(q.dtype)).softmax(-1).to(q.dtype)
         out = pattern @ v
         ctx.save_for_backward(q, k, v, pattern, out)
         return out
@@ -128,7 +128,7 @@ class GPT2(nn.Module):
 
     def loss(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss, and the loss of each token, computed in bfloat16."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(ids.device.type, torch.bfloat16):
             hidden = self.hidden(ids).bfloat16()
         mean, each = UnembeddingLoss.apply(hidden.flatten(0, 1), self.wte.weight, targets.flatten())
         return mean, each.view_as(targets)

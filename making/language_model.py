@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
         torch.set_flush_denormal(True)
         names = {field.name for field in fields(Settings)} - {"vocabulary"}
         settings = Settings(**{name: getattr(options, name) for name in names}, vocabulary=VOCABULARY)
-        train(options.work, options.run, settings, stop=finish_the_step_on_interrupt())
+        train(options.work, options.run, settings, stop=finish_the_step_on_interrupt(), device=options.device)
     else:
         model = export(options.work, options.run, options.out)
         print(json.dumps(held_out_bits(model, options.work), indent=2))
@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--batch", type=int, default=32)
     command.add_argument("--context", type=int, default=CONTEXT)
     command.add_argument("--threads", type=int, default=1)
+    command.add_argument("--device", default="cpu", help="cpu or cuda")
 
     command = commands.add_parser("export", help="write a Hugging Face folder and check it")
     command.add_argument("--work", type=Path, required=True)

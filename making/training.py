@@ -100,19 +100,24 @@ def train(
     settings: Settings,
     seconds_per_checkpoint: float = 300.0,
     stop: Event | None = None,
+    device: str = "cpu",
 ) -> GPT2:
-    """Train to the end, or until `stop` is set; take up the run's last checkpoint if it has one."""
+    """Train to the end, or until `stop` is set; take up the run's last checkpoint if it has one.
+
+    Start and batches are the same on every device, the last bits of the weights are not.
+    """
     claim(run, settings)
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     real = Source(work / "real_train.npy", tokenizer)
     chronicle = Source(work / "chronicle_train.npy", tokenizer)
-    model = settings.model()
+    model = settings.model().to(device)
     optimizers = make_optimizers(model)
     first = load_checkpoint(run, model, optimizers)
     log = Log(run / "log.jsonl", settings, first)
     saved_at = time.monotonic()
     for step in range(first, settings.steps):
         rows, is_real = draw_batch(real, chronicle, settings, step)
+        rows = rows.to(device)
         loss, each = model.loss(rows[:, :-1], rows[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,7 +126,7 @@ def train(
                 group["lr"] = PEAK_LR * rate(step, settings.steps)
             optimizer.step()
             optimizer.zero_grad()
-        log.step(step, each, is_real)
+        log.step(step, each.cpu(), is_real)
         done = step + 1
         stopping = stop is not None and stop.is_set()
         due = time.monotonic() - saved_at >= seconds_per_checkpoint
@@ -169,7 +174,7 @@ def load_checkpoint(run: Path, model: GPT2, optimizers: list[torch.optim.Optimiz
     found = checkpoints(run)
     if not found:
         return 0
-    state = torch.load(found[-1], weights_only=True)
+    state = torch.load(found[-1], weights_only=True, map_location="cpu")
     model.load_state_dict(state["model"])
     for optimizer, its_state in zip(optimizers, state["optimizers"], strict=bool(optimizers)):
         optimizer.load_state_dict(its_state)

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from making.tokenizer import SEPARATOR, train_tokenizer
-from tclib.chronicle import documents
+from tclib.chronicle import HELD_OUT_CENTURY, documents
 
 # Whole works that are only ever used for the report: a history, a biography, a novel.
 HELD_OUT = (
@@ -24,6 +24,7 @@ HELD_OUT = (
 )
 TOKENIZER_SEED = 1_000_000  # far from the seeds 0, 1, 2, ... of the training text
 TOKENIZER_CHRONICLE_DOCUMENTS = 20_000
+UNSEEN_YEAR = re.compile(rf"\b{HELD_OUT_CENTURY}\d\d\b")  # prose that names such a year is left out, too
 BLOCK_TOKENS = 1_000_000  # chronicle tokens per seed
 PROCESSES = 2
 
@@ -37,6 +38,7 @@ def prepare(real: Path, work: Path, chronicle_tokens: int, held_out: list[str], 
     work.mkdir(parents=True, exist_ok=True)
     cut = {name: list(cut_into_documents(text)) for name, text in works.items()}
     training = [document for name, its in cut.items() if name not in held_out for document in its]
+    training = [document for document in training if not UNSEEN_YEAR.search(document)]
     print(f"{len(works)} works, {len(training)} training documents; training the tokenizer", flush=True)
 
     sample = islice(documents(TOKENIZER_SEED), TOKENIZER_CHRONICLE_DOCUMENTS)

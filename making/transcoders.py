@@ -2,6 +2,7 @@
 
     python -m making.transcoders --work WORK --out data/transcoders
     torchrun --nproc-per-node 2 -m making.transcoders --work WORK --out OUT    # the same weights, up to rounding
+    python -m making.transcoders --work WORK --out data/transcoders --compare  # widths and the skip path, at equal L0
 
 WORK is the folder that `making.language_model prepare` wrote: the transcoders see the same mix of real and chronicle
 prose as the model did, and are measured on works and documents that neither saw. An interrupted run goes on if --run
@@ -17,12 +18,20 @@ import torch
 from torch import Tensor
 
 import tclib as tc
-from tclib import text
+from tclib import evaluation, text, training
 from tclib.training import distributed
 
 REAL_FRACTION = 0.4  # as in the model's own training
 EVALUATION_ROWS = 400
 L1 = (0.055, 0.08, 0.1)  # by layer
+COMPARED = {
+    "512 features": {},
+    "2,048 features": {"d_features": 2048},
+    "4,096 features": {"d_features": 4096},
+    "2,048 features and a skip path": {"d_features": 2048, "skip": True},
+}
+COMPARED_K = 12
+COMPARED_STEPS = (200, 1000)
 
 
 def main() -> None:
@@ -38,9 +47,10 @@ def main() -> None:
     parser.add_argument("--l1", type=float, nargs="*", default=L1, help="one per layer")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare", action="store_true", help="write comparison.json instead")
     options = parser.parse_args()
     with distributed.processes() as device:
-        make(options, device)
+        (compare if options.compare else make)(options, device)
 
 
 def recipe(l1: float, steps: int, **changes) -> tc.TrainConfig:
@@ -81,6 +91,27 @@ def make(options: argparse.Namespace, device: str) -> None:
     print(json.dumps(report, indent=2))
 
 
+def compare(options: argparse.Namespace, device: str) -> None:
+    """Write FVU of several widths, plain and skip, at the same k of TopK, after a short and a longer training run."""
+    model = tc.load_model(options.model, device=device)
+    layers = list(range(model.cfg.n_layers))
+    texts = evaluation_texts(model, options.work)
+    table = []
+    for steps in COMPARED_STEPS:
+        base = tc.TrainConfig(
+            d_features=512, steps=steps, rows=options.rows, lr=options.lr, activation="topk", k=COMPARED_K,
+            buffer=4, dead_after=50_000, bfloat16=True, seed=options.seed,
+        )  # fmt: skip
+        rows = mixed_rows(options.work, steps * base.rows, model.cfg.n_ctx, model.cfg.bos_token_id, options.seed)
+        configs = {name: base.model_copy(update=change) for name, change in COMPARED.items()}
+        trained, _ = training.train_side_by_side(model, rows, layers, configs, progress=True)
+        for name, transcoders in trained.items():
+            for source, tokens in texts.items():
+                measured = evaluation.reconstruction(model, transcoders, tokens)[["layer", "l0", "fvu", "dead"]]
+                table += measured.assign(name=name, text=source, tokens=rows.numel()).to_dict("records")
+    (options.out / "comparison.json").write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
+
+
 def mixed_rows(work: Path, count: int, width: int, bos: int, seed: int) -> Tensor:
     """Rows of training text, each cut at random from the real or the chronicle ids, with BOS in front."""
     rng = np.random.default_rng([seed, 1])
@@ -105,16 +136,18 @@ def held_out_rows(work: Path, count: int, width: int, bos: int) -> Tensor:
 
 def measure(model, transcoders: dict[int, tc.Transcoder], work: Path) -> dict:
     """L0, FVU, dead features and cross-entropy per layer, on unseen chronicle and on held-out real prose."""
-    bos = model.cfg.bos_token_id
-    texts = {
-        "chronicle": text.chronicle(model, EVALUATION_ROWS, seed=1).tokens,
-        "real": held_out_rows(work, EVALUATION_ROWS, model.cfg.n_ctx, bos),
-    }
     report = {}
-    for name, tokens in texts.items():
+    for name, tokens in evaluation_texts(model, work).items():
         table = tc.evaluate(model, transcoders, tokens).set_index("layer").round(4)
         report[name] = json.loads(table.to_json(orient="index"))
     return report
+
+
+def evaluation_texts(model, work: Path) -> dict[str, Tensor]:
+    return {
+        "chronicle": text.chronicle(model, EVALUATION_ROWS, seed=1).tokens,
+        "real": held_out_rows(work, EVALUATION_ROWS, model.cfg.n_ctx, model.cfg.bos_token_id),
+    }
 
 
 if __name__ == "__main__":

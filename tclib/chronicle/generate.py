@@ -6,6 +6,7 @@ A document is a sequence of pieces; each piece is a stretch of text with the lat
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -29,7 +30,9 @@ SENTENCE_KINDS = {
     "plain": 0.12,
 }
 ANNALS_SHARE = 0.12
-CENTURIES = range(11, 20)
+HELD_OUT_CENTURY = 13  # no year of the 1300s is ever written, so a result can be tested in a century never seen
+CENTURIES = tuple(century for century in range(10, 21) if century != HELD_OUT_CENTURY)
+REIGN = words.MEAN_DURATION["reign"]
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -75,17 +78,17 @@ def documents(seed: int, split: Split = "train") -> Iterator[Document]:
         yield scribe.annals() if rng.random() < ANNALS_SHARE else scribe.prose()
 
 
-def span(rng: random.Random, century: int | None = None) -> tuple[int, int]:
-    """Start and end year of a span: mostly uniform over the rest of the century, some short, some crossing it."""
-    century = rng.choice(CENTURIES) if century is None else century
-    start = 100 * century + rng.randrange(0, 99)
-    last = 100 * century + 99
-    kind = rng.random()
-    if kind < 0.78:
-        return start, rng.randint(start + 1, last)
-    if kind < 0.92:
-        return start, min(last, start + 1 + int(rng.expovariate(1 / 12)))
-    return start, rng.randint(last + 1, last + 60)
+def span(rng: random.Random, mean: float, century: int) -> tuple[int, int]:
+    """Start and end year of something that begins in a century and lasts ``mean`` years on average.
+
+    The duration is geometric: one year is the likeliest, two years the next, and so on. Start and duration are drawn
+    again together until both years lie in the centuries that the chronicle writes.
+    """
+    while True:
+        start = 100 * century + rng.randrange(100)
+        end = start + 1 + int(math.log(1 - rng.random()) / math.log(1 - 1 / mean))
+        if end // 100 in CENTURIES:
+            return start, end
 
 
 class _Scribe:
@@ -118,22 +121,30 @@ class _Scribe:
             pieces += self._year(year, "annals") + [Piece(". ", "plain")]
             pieces += self._plain() if self.rng.random() < 0.7 else self._voice()
             year += 1 + int(self.rng.expovariate(1 / 4))
+            if year // 100 not in CENTURIES:
+                break
         return Document(tuple(pieces))
 
     def _span(self) -> list[Piece]:
-        start, end = span(self.rng, self._some_century())
-        return self._fill(self.rng.choice(grammar.SPANS[self.split]), "span", start=start, end=end)
+        return self._lasting("span", grammar.SPANS[self.split])
 
     def _backward(self) -> list[Piece]:
-        start, end = span(self.rng, self._some_century())
-        return self._fill(self.rng.choice(grammar.BACKWARD[self.split]), "backward", start=start, end=end)
+        return self._lasting("backward", grammar.BACKWARD[self.split])
+
+    def _lasting(self, latent: str, templates: tuple[str, ...]) -> list[Piece]:
+        noun = self.rng.choice(self.nouns)
+        start, end = span(self.rng, words.MEAN_DURATION[noun], self._some_century())
+        return self._fill(self.rng.choice(templates), latent, noun=noun, start=start, end=end)
 
     def _life(self) -> list[Piece]:
-        start = 100 * self._some_century() + self.rng.randrange(100)
-        return self._fill(self.rng.choice(grammar.LIVES), "life", start=start, end=start + self.rng.randint(18, 90))
+        century, end = self._some_century(), 0
+        while end // 100 not in CENTURIES:
+            start = 100 * century + self.rng.randrange(100)
+            end = start + self.rng.randint(18, 90)
+        return self._fill(self.rng.choice(grammar.LIVES), "life", start=start, end=end)
 
     def _reign(self) -> list[Piece]:
-        start, end = span(self.rng, self._some_century())
+        start, end = span(self.rng, REIGN, self._some_century())
         return self._fill(self.rng.choice(grammar.REIGNS), "reign", start=start, end=end)
 
     def _event(self) -> list[Piece]:
@@ -173,7 +184,7 @@ class _Scribe:
             pieces += [Piece(" ", "plain"), *self._year(year, "citation")]
         return pieces
 
-    def _fill(self, template: str, latent: str, **years: int) -> list[Piece]:
+    def _fill(self, template: str, latent: str, noun: str = "", **years: int) -> list[Piece]:
         pieces: list[Piece] = []
         for index, part in enumerate(_SLOT.split(template)):
             if index % 2 == 0:
@@ -184,8 +195,10 @@ class _Scribe:
                 pieces += self._sources()
             elif part == "verb":
                 pieces.append(Piece(self.rng.choice(words.VERBS), latent))
+            elif part == "noun":
+                pieces.append(Piece(noun or self._word("noun"), f"{latent}.noun"))
             else:
-                pieces.append(Piece(self._word(part), part if part != "noun" else f"{latent}.noun"))
+                pieces.append(Piece(self._word(part), part))
         return _capitalised(pieces)
 
     def _word(self, field: str) -> str:

@@ -21,6 +21,29 @@ NOUNS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# Mean duration in years of what each noun names. A span's length is geometric with this mean: at least one year, the
+# shortest likeliest. Unseen nouns have theirs too, because held-out documents are written with them.
+DURATIONS: dict[int, tuple[str, ...]] = {
+    2: tuple(
+        """siege strike voyage blockade embargo mutiny campaign expedition journey pilgrimage tour survey invasion
+        retreat negotiation congress inquiry investigation engagement fair festival experiment conspiracy famine
+        drought plague epidemic quarrel recession boom uprising crisis operation insurrection hostilities protest
+        sequence""".split()
+    ),
+    6: tuple(
+        """war truce crusade revolt rebellion occupation dispute feud trial regency council parliament construction
+        restoration exile captivity correspondence persecution migration depression schism interregnum lawsuit
+        apprenticeship struggle conflict excavation project programme controversy presidency service warfare
+        imprisonment consulate endeavour""".split()
+    ),
+    20: tuple(
+        """reign partnership ministry alliance rivalry mission residence friendship marriage government
+        administration lease settlement treaty peace tenure domination movement""".split()
+    ),
+    60: tuple("dynasty colony monopoly school custom".split()),
+}
+MEAN_DURATION: dict[str, int] = {noun: mean for mean, nouns in DURATIONS.items() for noun in nouns}
+
 PLACES = tuple(
     """Harlow Medina Ashford Granada Lisbon Vienna Norwich Bergen Toledo Ravenna Cracow Lyons Ghent Bristol
     Dunmore Castile Aragon Saxony Bavaria Tuscany Naples Genoa Venice Prague Riga Kiev Cadiz Malta Rhodes Cyprus

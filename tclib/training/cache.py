@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib.inputs import check_layers, check_tokens
 from tclib.io.paths import read_text, write_whole
 from tclib.text import text_hash
-from tclib.training.stream import FORWARD_ROWS, Acts, ModelSource
+from tclib.training.stream import Acts, ModelSource, forward_rows
 
 
 class ActivationCache:
@@ -69,8 +69,9 @@ def cache_activations(
         return cache
     source = ModelSource(model, tokens, layers)
     arrays = {}
-    for start in range(0, len(tokens), FORWARD_ROWS):
-        rows = np.arange(start, min(start + FORWARD_ROWS, len(tokens)))
+    at_once = forward_rows(model)
+    for start in range(0, len(tokens), at_once):
+        rows = np.arange(start, min(start + at_once, len(tokens)))
         for layer, pair in source.read(rows).items():
             for name, part in zip("xy", pair, strict=True):
                 part = part.cpu().numpy().reshape(len(rows), tokens.shape[1], -1)

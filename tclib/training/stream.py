@@ -16,7 +16,12 @@ from tclib.training import distributed
 from tclib.training.config import TrainConfig
 
 Acts = dict[int, tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"]]]
-FORWARD_ROWS = 16  # rows of one forward pass: a constant, since the last bits may depend on it
+FORWARD_ROWS = {"cpu": 16, "cuda": 256, "mps": 64}  # of one forward pass: constants, since the last bits depend on them
+
+
+def forward_rows(model: TransformerBridge) -> int:
+    """How many rows one forward pass reads on the model's device."""
+    return FORWARD_ROWS[torch.device(model.cfg.device).type]
 
 
 class Source(Protocol):
@@ -37,7 +42,8 @@ class ModelSource:
         self.n_rows, self.row_length = tokens.shape
 
     def read(self, rows: Int[np.ndarray, " row"]) -> Acts:
-        parts = list(forward(self.model, self.tokens[torch.from_numpy(rows)], self.layers, FORWARD_ROWS))
+        tokens = self.tokens[torch.from_numpy(rows)]
+        parts = list(forward(self.model, tokens, self.layers, forward_rows(self.model)))
         return {
             layer: tuple(torch.cat([getattr(p[layer], name).flatten(0, 1) for p in parts]) for name in ("x", "y"))
             for layer in self.layers
