@@ -22,6 +22,7 @@ from tclib import onednn_matmul
 from tclib.io import safe_files
 
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
+ROUNDED = {"W_enc": 0, "W_dec": 1}  # in int8 files, and along which dimension the weights of one feature lie
 
 
 class TranscoderConfig(BaseModel):
@@ -113,11 +114,22 @@ class Transcoder(nn.Module):
     def save(self, stem: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write ``stem.safetensors`` and ``stem.json``; each file appears whole or not at all.
 
+        With ``torch.int8``, W_enc and W_dec are rounded to 255 levels between plus and minus the largest weight of each
+        feature, and the rest is kept in float16.
+
         Weights never stand beside a missing configuration or that of other weights, wherever saving is interrupted.
         """
         files = _files(stem)
         files[0].parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().to(dtype).contiguous().cpu() for name, t in self.state_dict().items()}
+        tensors = {name: t.detach().cpu() for name, t in self.state_dict().items()}
+        if dtype == torch.int8:
+            dtype = torch.float16
+            rounded = {name: _rounded(tensors.pop(name), along) for name, along in ROUNDED.items()}
+        else:
+            rounded = {}
+        tensors = {name: t.to(dtype).contiguous() for name, t in tensors.items()}
+        for name, (levels, scale) in rounded.items():
+            tensors |= {name: levels, f"{name}.scale": scale}
         parts = [file.with_name(file.name + ".part") for file in files]
         try:
             save_file(tensors, parts[0])
@@ -136,10 +148,7 @@ class Transcoder(nn.Module):
         Raises:
             ValueError: a file is missing or corrupt, or the tensors do not fit the configuration (they are named).
         """
-        weights, _ = _files(stem)
-        config = read_config(weights)
-        tensors = safe_files.read_safetensors(weights, {name: name for name in expected_shapes(config)})
-        return cls.of(config, tensors, device, torch.float32)
+        return cls.of(*read_weights(_files(stem)[0]), device, torch.float32)
 
     @classmethod
     def of(
@@ -164,8 +173,25 @@ def expected_shapes(config: TranscoderConfig) -> dict[str, tuple[int, ...]]:
 def read_config(weights: Path) -> TranscoderConfig:
     """The configuration beside a file of weights, once the sizes in the file's header have been found to fit it."""
     config = safe_files.parsed(weights, TranscoderConfig, safe_files.read_json(_files(weights)[1]))
-    safe_files.check_shapes(weights, safe_files.safetensors_shapes(weights), expected_shapes(config))
+    found = safe_files.safetensors_shapes(weights)
+    scales = {f"{name}.scale": (config.d_features,) for name in ROUNDED}
+    safe_files.check_shapes(weights, found, expected_shapes(config) | (scales if scales.keys() & found.keys() else {}))
     return config
+
+
+def read_weights(weights: Path) -> tuple[TranscoderConfig, dict[str, Tensor]]:
+    """What `Transcoder.save` wrote: views of the file, or float32 where the file holds rounded weights."""
+    config = read_config(weights)
+    tensors = safe_files.read_safetensors(weights, {name: name for name in safe_files.safetensors_shapes(weights)})
+    for name, along in ROUNDED.items():
+        if (scale := tensors.pop(f"{name}.scale", None)) is not None:
+            tensors[name] = tensors[name].float() * scale.float().unsqueeze(along)
+    return config, tensors
+
+
+def _rounded(W: Tensor, along: int) -> tuple[Tensor, Tensor]:
+    scale = W.abs().amax(along, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (W / scale).round().to(torch.int8), scale.flatten()
 
 
 def _files(stem: str | Path) -> tuple[Path, Path]:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 import tclib as tc
 from tclib import onednn_matmul
@@ -53,6 +54,30 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     x = torch.randn(3, 32)
     assert torch.equal(loaded[1](x), t(x))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["layer_1.json", "layer_1.safetensors"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), skip=st.booleans())
+def test_int8_files_are_off_by_half_a_level_at_most(tmp_path_factory, seed, skip):
+    t = make_transcoder(1, seed=seed, skip=skip)
+    stem = tmp_path_factory.mktemp("int8") / "layer_1"
+    t.save(stem, dtype=torch.int8)
+    loaded = tc.load_transcoders(stem.parent)[1]
+    for name, along in (("W_enc", 0), ("W_dec", 1)):
+        exact, read = getattr(t, name), getattr(loaded, name)
+        level = exact.abs().amax(along, keepdim=True) / 127
+        assert read.dtype == torch.float32 and ((exact - read).abs() <= level * 0.5001).all()
+    assert torch.equal(tc.Transcoder.load(stem)(torch.ones(1, 32)), loaded(torch.ones(1, 32)))
+
+
+def test_whole_numbers_without_their_scale_are_refused(tmp_path):
+    t = make_transcoder(1)
+    t.save(tmp_path / "layer_1", dtype=torch.int8)
+    tensors = load_file(tmp_path / "layer_1.safetensors")
+    del tensors["W_enc.scale"]
+    save_file(tensors, tmp_path / "layer_1.safetensors")
+    with pytest.raises(ValueError, match="W_enc is stored as I8; weights are floating-point numbers"):
+        tc.load_transcoders(tmp_path)
 
 
 def damage_json(folder):

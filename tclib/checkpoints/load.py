@@ -22,6 +22,7 @@ from tclib.model import layer_norms, model_folder, model_shapes, pick_device
 from tclib.io.paths import data_path
 
 WORK_TOKENS = 8192
+BUNDLED = {"bundled": "transcoders", "smollm2": "smollm2/plain", "smollm2-skip": "smollm2/skip"}  # folders of data/
 DEEPEST = 4  # folders below the one given: Gemma Scope's layer_3/width_16k/average_l0_40/params.npz
 
 
@@ -34,7 +35,8 @@ def load_transcoders(
     """Transcoders by layer. What a file could do is checked now; it is read, and its sizes are, at a layer's first use.
 
     Args:
-        where: ``"bundled"``; ``"gpt2"``, the paper's published ones; a folder or a file; or a hub id,
+        where: ``"bundled"``; ``"smollm2"``, of layers 20 to 27, and ``"smollm2-skip"``, of two of them with a skip
+            path; ``"gpt2"``, the paper's published ones; a folder or a file; or a hub id,
             ``"pchlenski/gpt2-transcoders"``, with a folder in it behind another slash and ``@`` with a branch, tag or
             commit at the end.
         device: the best one present by default, as for `tclib.load_model`.
@@ -117,7 +119,7 @@ def load_frequencies(where: str | Path) -> dict[int, Float[Tensor, " d_features"
 
 
 def _find(where: str | Path) -> tuple[Format, list[Path]]:
-    path = data_path("transcoders") if where == "bundled" else Path(where)
+    path = data_path(BUNDLED[where]) if where in BUNDLED else Path(where)
     if path.is_dir():
         depth = len(path.parts)
         inside = [p for p in path.rglob("*") if len(p.parts) - depth <= DEEPEST and p.is_file()]

@@ -17,7 +17,7 @@ from tclib.io import safe_files
 from tclib.activations import hook_in, hook_out, mlp_out
 from tclib.checkpoints.lazy import Stored, numbers
 from tclib.io.safe_files import BadFile
-from tclib.transcoder import TranscoderConfig, expected_shapes, read_config
+from tclib.transcoder import TranscoderConfig, expected_shapes, read_config, read_weights
 
 PAPERS_LAYER = "hook_point_layer"  # where the paper's checkpoints say their layer
 
@@ -28,9 +28,7 @@ class _Foreign(BaseModel):
 
 def native(path: Path) -> Stored:
     """What `Transcoder.save` writes: ``layer_3.safetensors`` and ``layer_3.json``."""
-    config = read_config(path)
-    names = {name: name for name in expected_shapes(config)}
-    return Stored(_number(path.stem), path, numbers(config), lambda: (config, safe_files.read_safetensors(path, names)))
+    return Stored(_number(path.stem), path, numbers(read_config(path)), lambda: read_weights(path))
 
 
 class _OriginalConfig(_Foreign):

@@ -95,7 +95,8 @@ def safetensors_shapes(path: Path) -> dict[str, Shape]:
     with _safetensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         for name, part in slices.items():
-            if part.get_dtype() not in FLOATS:
+            rounded = part.get_dtype() == "I8" and f"{name}.scale" in slices
+            if part.get_dtype() not in FLOATS and not rounded:
                 raise BadFile(f"{path}: {name} is stored as {part.get_dtype()}; weights are floating-point numbers")
         return {name: tuple(part.get_shape()) for name, part in slices.items()}
 
