@@ -30,6 +30,7 @@ ORIGIN = {
     "fronts.json": "`python -m making.fronts`",
     "sweep.json": "`python -m making.sweep`",
     "ablations.json": "`python -m making.ablations`",
+    "smollm2": "`python -m making.smollm2`",
 }
 
 
@@ -38,10 +39,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--candidates", type=Path, nargs="+", required=True)
+    parser.add_argument("--controls", type=Path, nargs="*", default=[], help="runs on text without durations by noun")
     parser.add_argument("--manifest", type=Path, required=True)
     options = parser.parse_args()
     data = data_path()
-    card = model_card(data / "model", options.work, options.run, options.candidates, pd.read_csv(options.manifest))
+    card = model_card(
+        data / "model", options.work, options.run, options.candidates, options.controls, pd.read_csv(options.manifest)
+    )
     (data / "model" / "README.md").write_text(card, encoding="utf-8")
     (data / "README.md").write_text(data_page(data), encoding="utf-8")
 
@@ -72,7 +76,9 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def model_card(folder: Path, work: Path, run: Path, candidates: list[Path], manifest: pd.DataFrame) -> str:
+def model_card(
+    folder: Path, work: Path, run: Path, candidates: list[Path], controls: list[Path], manifest: pd.DataFrame
+) -> str:
     """Recipe, data, selection, measured numbers, limits."""
     settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
     facts = json.loads((work / "text.json").read_text(encoding="utf-8"))
@@ -90,8 +96,10 @@ def model_card(folder: Path, work: Path, run: Path, candidates: list[Path], mani
         vocabulary=config["vocab_size"],
         context=config["n_positions"],
         settings=json.dumps(settings),
+        seed=settings["seed"],
+        tokens=settings["tokens"],
         history=history(run),
-        candidates=selection(candidates),
+        candidates=selection(candidates, controls),
         durations=table(durations(), "mean in years"),
         unseen=metrics["century_never_seen"]["probability_difference"],
         century=HELD_OUT_CENTURY,
@@ -124,10 +132,10 @@ def history(run: Path) -> str:
     )
 
 
-def selection(runs: list[Path]) -> str:
-    """Targets beside results for all candidates, measured on nouns kept for choosing."""
+def selection(candidates: list[Path], controls: list[Path]) -> str:
+    """Targets beside results for all candidates and controls, measured on nouns kept for choosing."""
     columns = {}
-    for run in runs:
+    for run in [*candidates, *controls]:
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
         if metrics[APART] != "selection":
             raise SystemExit(f"{run / 'metrics.json'} was measured on the nouns of the report: choose with the others")
@@ -138,7 +146,8 @@ def selection(runs: list[Path]) -> str:
         cells |= {"smallest of the four losses": f"{smallest_drop(metrics):.3f}"}
         unseen = metrics["century_never_seen"]["probability_difference"]
         cells |= {"probability difference in the century never seen": f"{unseen:.3f}"}
-        columns[f"{settings['heads']} heads, seed {settings['seed']}"] = cells
+        label = f"{settings['heads']} heads, seed {settings['seed']}, {settings['tokens'] / 1e6:.0f}M tokens"
+        columns[label + (", no durations" if run in controls else "")] = cells
     return table(pd.DataFrame(columns), "target")
 
 
@@ -171,11 +180,12 @@ context of {context} tokens, trained from scratch for this collection. Digits ar
 ## Recipe
 
     python -m making.language_model prepare --real FOLDER --out WORK
-    python -m making.language_model train --work WORK --run RUN --seed ... --tokens ...
+    python -m making.language_model train --work WORK --run RUN --seed {seed} --heads {heads} --tokens {tokens}
     python -m making.language_model export --work WORK --run RUN --out data/model
 
 Settings: `{settings}`. Muon on the blocks' matrices, AdamW on the rest, peak learning rate 3e-3, 150 steps of
-warm-up, constant for a tenth, then linear to zero. {history}
+warm-up, constant for a tenth, then linear to zero. {history} With `--device cuda` a GPU needs two minutes, one core
+of a processor forty; start and batches are the same on both, the last bits of the weights are not.
 
 ## Data
 
