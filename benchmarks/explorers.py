@@ -49,8 +49,8 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
     yield "browser: feature", settings(browser.list, *[value for _, value in browser.list.options[1:3]])
     browser.query.value, browser.by.value = "war", "token"
     yield "browser: token", settings(browser.query, "reign", "war")
-    browser.query.value, browser.by.value = "year", "latent"
-    yield "browser: latent", settings(browser.query, "noun", "year")
+    browser.query.value, browser.by.value = "year", "label"
+    yield "browser: label", settings(browser.query, "noun", "year")
     browser.by.value = "similarity"
     yield "browser: similarity", settings(browser.number, "606", "892")
 
@@ -69,7 +69,7 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
     yield "editor: take out four", [editor.out.click]
     if not editor.edited:
         editor.out.click()
-    yield "editor: held or free", settings(editor.held, "all else frozen", "all else answers")
+    yield "editor: frozen or free", settings(editor.frozen, "all else frozen", "all else answers")
 
     weights = ui.Weights(transcoders, index, 2, 892)
     yield "weights: feature", settings(weights.feature, "606", "892")

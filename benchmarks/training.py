@@ -112,21 +112,21 @@ def paper(batch: int) -> Step:
 
 def ours(name: str, batch: int) -> Step:
     from tclib.training.config import TrainConfig
-    from tclib.training.fast.sparse_step import SparseStudent
-    from tclib.training.trainer import Student
+    from tclib.training.fast.sparse_step import SparseTrainer
+    from tclib.training.trainer import Trainer
 
     way, kind = name.split()
     config = TrainConfig(
         d_features=FEATURES, activation=kind, k=L0 if kind.endswith("topk") else None, l1=1e-3, lr=LR, start_l0=L0
     )
     x, y = data(batch)
-    student = (Student if way == "plain" else SparseStudent)(0, x, y, config)
+    trainer = (Trainer if way == "plain" else SparseTrainer)(0, x, y, config)
     with torch.no_grad():
         for name, value in zip(("W_enc", "b_enc", "W_dec"), weights(), strict=True):
-            getattr(student.transcoder, name).copy_(value)
+            getattr(trainer.transcoder, name).copy_(value)
         if kind == "jumprelu":
-            student.transcoder.b_enc += config.bandwidth  # the thresholds
-    return lambda: student.step(x, y, 0)["l0"]
+            trainer.transcoder.b_enc += config.bandwidth  # the thresholds
+    return lambda: trainer.step(x, y, 0)["l0"]
 
 
 def sparsify(batch: int) -> Step:
@@ -264,12 +264,12 @@ def quality(seed: int, steps: int, l1: float, layer: int) -> dict[str, dict]:
     """CPU seconds, held-out FVU and L0 along a training, by contender, all on the same batches of real activations.
 
     ``paper`` and ``sparse`` begin as the paper does, with biases of 0 and half of all features active, so the sparse
-    student is dense for its first steps; ``low start`` begins with low biases.
+    trainer is dense for its first steps; ``low start`` begins with low biases.
     """
     import tclib as tc
     from tclib import text
     from tclib.activations import mlp_activations
-    from tclib.training.fast.sparse_step import SparseStudent
+    from tclib.training.fast.sparse_step import SparseTrainer
     from tclib.training.stream import ModelSource, Stream
     from tclib.training.trainer import rates
 
@@ -278,16 +278,16 @@ def quality(seed: int, steps: int, l1: float, layer: int) -> dict[str, dict]:
     count = config.rows * max(config.buffer, config.steps // config.passes)
     stream = Stream(ModelSource(model, text.chronicle(model, count, seed=seed).tokens[:count], [layer]), config)
     sample = stream.sample()[layer]
-    students = {
-        "sparse": SparseStudent(layer, *sample, config),
-        "low start": SparseStudent(layer, *sample, config.model_copy(update={"start_l0": 64.0})),
+    trainers = {
+        "sparse": SparseTrainer(layer, *sample, config),
+        "low start": SparseTrainer(layer, *sample, config.model_copy(update={"start_l0": 64.0})),
     }
-    scaled, t = students["sparse"].scaled, students["sparse"].transcoder
+    scaled, t = trainers["sparse"].scaled, trainers["sparse"].transcoder
     zero = torch.zeros(t.config.d_in)
     first = Paper(t.W_enc.detach().contiguous(), t.b_enc.detach(), t.W_dec.detach(), zero, zero, l1, config.lr)
     held = next(mlp_activations(model, text.chronicle(model, 16, seed=1000).tokens, [layer], 16))[layer]
     held = scaled(held.x.flatten(0, 1), held.y.flatten(0, 1))
-    seen = {name: {"cpu": [], "fvu": [], "l0": [], "dense": 0} for name in ("paper", *students)}
+    seen = {name: {"cpu": [], "fvu": [], "l0": [], "dense": 0} for name in ("paper", *trainers)}
     spent = dict.fromkeys(seen, 0.0)
     for step in range(config.steps):
         x, y = stream.batch(step)[layer]
@@ -298,11 +298,11 @@ def quality(seed: int, steps: int, l1: float, layer: int) -> dict[str, dict]:
                 first.adam.param_groups[0]["lr"] = config.lr * rates(config, step)[0]
                 first.step(*scaled(x, y))
             else:
-                record["dense"] += bool(students[name].density >= config.sparse_below)
-                students[name].step(x, y, step)
+                record["dense"] += bool(trainers[name].density >= config.sparse_below)
+                trainers[name].step(x, y, step)
             spent[name] += time.process_time() - start
             if measuring:
-                measured = first.measure(*held) if name == "paper" else _measured(students[name].transcoder, *held)
+                measured = first.measure(*held) if name == "paper" else _measured(trainers[name].transcoder, *held)
                 for key, value in zip(("cpu", "fvu", "l0"), (spent[name], *measured), strict=True):
                     record[key].append(value)
     return seen
@@ -346,7 +346,7 @@ def suite(steps: int) -> float:
     """All layers of a random model of GPT2-small's shape on 4,096 tokens per step, against 12 runs of the paper's."""
     import tclib as tc
     from tclib.activations import mlp_activations
-    from tclib.training.fast.sparse_step import SparseStudent
+    from tclib.training.fast.sparse_step import SparseTrainer
     from tclib.training.stream import ModelSource, Stream
 
     model = gpt2_sized()
@@ -356,21 +356,21 @@ def suite(steps: int) -> float:
     config = tc.TrainConfig(d_features=FEATURES, start_l0=L0, rows=32, lr=LR, l1=1e-3)
     stream = Stream(ModelSource(model, tokens, layers), config)
     sample = stream.sample()
-    students = {layer: SparseStudent(layer, *sample[layer], config) for layer in layers}
+    trainers = {layer: SparseTrainer(layer, *sample[layer], config) for layer in layers}
     spent, forward = [], []
     for _ in range(steps + 1):
         start = time.process_time()
         stream.loaded = None  # each step reads new text, as a long run does
         batch = stream.batch(0)
         forward.append(time.process_time() - start)
-        rows = [students[layer].step(*batch[layer], 0) for layer in layers]
+        rows = [trainers[layer].step(*batch[layer], 0) for layer in layers]
         spent.append(time.process_time() - start)
     partial = []
     for layer in layers:
         start = time.process_time()
         list(mlp_activations(model, tokens[:8], [layer], 8))
         partial.append((time.process_time() - start) * len(tokens) / 8)
-    del students, sample, batch
+    del trainers, sample, batch
     step = paper(len(tokens) * tokens.shape[1])
     step()
     start = time.process_time()

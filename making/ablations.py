@@ -25,7 +25,7 @@ from making.transcoders import L1, held_out_rows, mixed_rows, recipe
 from tclib import evaluation, text
 from tclib.training import distributed
 from tclib.training.stream import ModelSource, Stream
-from tclib.training.trainer import Student
+from tclib.training.trainer import Trainer
 
 PRICES = {0: 0.06, 2: 0.08}  # by layer; such that L0 is about that of the bundled transcoders
 FRONT = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the price
@@ -34,7 +34,7 @@ LAPTOP = {"steps": 1300, "passes": 6, "price": 1.0}
 SMALL = {"d_features": 512, "rows": 4, "buffer": 16, "passes": 2, "dead_after": 15_000}
 
 
-class Tangent(Student):
+class Tangent(Trainer):
     """Drops the part of the decoder's gradient that only changes the length of its rows (Bricken et al. 2023)."""
 
     @torch.no_grad()
@@ -44,7 +44,7 @@ class Tangent(Student):
         super().update()
 
 
-class Unscaled(Student):
+class Unscaled(Trainer):
     """Trains on the model's own scales, with the price in the same units."""
 
     def measure_scales(self, x, y) -> None:
@@ -57,7 +57,7 @@ class Unscaled(Student):
         return super().price(z, pre) * self.size
 
 
-class Resampling(Student):
+class Resampling(Trainer):
     """Gives dead features a badly imitated token to read and what was missing there to write (Bricken et al. 2023)."""
 
     EVERY = STEPS // 8
@@ -88,7 +88,7 @@ class Resampling(Student):
                 self.adam.state[p][moment][where] = 0
 
 
-class Ghost(Student):
+class Ghost(Trainer):
     """Lets dead features explain the true residual through exp(pre): ghost gradients (Jermyn & Templeton 2024)."""
 
     def revival(self, pre, error):
@@ -104,22 +104,22 @@ class Ghost(Student):
 # name -> (what the table says, class, changes to the recipe)
 TOPK = {"activation": "topk", "k": 16, "unit_norm": True, "pull": 0.0}
 VARIANTS = {
-    "no start": ("without: biases start at the quantile", Student, {"start_l0": None}),
-    "no clip": ("without: gradients clipped", Student, {"clip": None}),
-    "no tie": ("without: encoder starts along the decoder", Student, {"tied": False}),
-    "no warm-up": ("without: warm-up of the learning rate", Student, {"warmup": 0.0}),
-    "no decay": ("without: decay of the learning rate", Student, {"decay": 0.0}),
-    "no ramp": ("without: slow rise of the price", Student, {"ramp": 0.0}),
+    "no start": ("without: biases start at the quantile", Trainer, {"start_l0": None}),
+    "no clip": ("without: gradients clipped", Trainer, {"clip": None}),
+    "no tie": ("without: encoder starts along the decoder", Trainer, {"tied": False}),
+    "no warm-up": ("without: warm-up of the learning rate", Trainer, {"warmup": 0.0}),
+    "no decay": ("without: decay of the learning rate", Trainer, {"decay": 0.0}),
+    "no ramp": ("without: slow rise of the price", Trainer, {"ramp": 0.0}),
     "no scaling": ("without: scaled activations", Unscaled, {}),
-    "no shuffling": ("without: shuffling buffer", Student, {"buffer": 1, "passes": 1}),
-    "one pass": ("without: several passes over a buffer", Student, {"passes": 1}),
-    "no pull": ("without: dead features pulled up", Student, {"pull": 0.0}),
-    "unit norm": ("with: decoder rows of unit length", Student, {"unit_norm": True}),
+    "no shuffling": ("without: shuffling buffer", Trainer, {"buffer": 1, "passes": 1}),
+    "one pass": ("without: several passes over a buffer", Trainer, {"passes": 1}),
+    "no pull": ("without: dead features pulled up", Trainer, {"pull": 0.0}),
+    "unit norm": ("with: decoder rows of unit length", Trainer, {"unit_norm": True}),
     "tangent": ("with: tangent gradients, against unit length alone", Tangent, {"unit_norm": True}),
     "resampling": ("with: resampling in place of the pull", Resampling, {"pull": 0.0}),
     "ghost": ("with: ghost gradients in place of the pull", Ghost, {"pull": 0.0}),
-    "topk": ("with: TopK in place of ReLU", Student, TOPK),
-    "topk no aux": ("with: TopK without aux-k, against TopK", Student, TOPK | {"aux": 0.0}),
+    "topk": ("with: TopK in place of ReLU", Trainer, TOPK),
+    "topk no aux": ("with: TopK without aux-k, against TopK", Trainer, TOPK | {"aux": 0.0}),
 }
 AGAINST = {"tangent": "unit norm", "topk no aux": "topk"}  # all others: the recipe's front
 
@@ -157,33 +157,33 @@ def part(work: Path, layer: int, seed: int) -> list[dict]:
     """Train all variants on one layer with one seed; L0, FVU, dead features and seconds of each."""
     model = tc.load_model(device="cpu")
     base = recipe(PRICES[layer], STEPS, **SMALL, seed=seed)
-    variants = {f"recipe x{f}": ("", Student, {"l1": PRICES[layer] * f}) for f in FRONT} | VARIANTS
+    variants = {f"recipe x{f}": ("", Trainer, {"l1": PRICES[layer] * f}) for f in FRONT} | VARIANTS
     configs = {name: base.model_copy(update=changes) for name, (_, _, changes) in variants.items()}
     count = STEPS * base.rows
     train_rows = mixed_rows(work, count, model.cfg.n_ctx, model.cfg.bos_token_id, seed)
-    source, streams, students = ModelSource(model, train_rows, [layer]), {}, {}
+    source, streams, trainers = ModelSource(model, train_rows, [layer]), {}, {}
     for name, (_, kind, _) in variants.items():
         c = configs[name]
         stream = streams.setdefault((c.buffer, c.passes), Stream(source, c))
-        students[name] = kind(layer, *stream.sample()[layer], c)
-    seconds = dict.fromkeys([*students, *streams], 0.0)
+        trainers[name] = kind(layer, *stream.sample()[layer], c)
+    seconds = dict.fromkeys([*trainers, *streams], 0.0)
     for step in range(STEPS):
         batches = {}
         for key, stream in streams.items():
             start = time.process_time()
             batches[key] = stream.batch(step)[layer]
             seconds[key] += time.process_time() - start
-        for name, student in students.items():
+        for name, trainer in trainers.items():
             start = time.process_time()
-            student.step(*batches[configs[name].buffer, configs[name].passes], step)
+            trainer.step(*batches[configs[name].buffer, configs[name].passes], step)
             seconds[name] += time.process_time() - start
     bos = model.cfg.bos_token_id
     tokens = torch.cat(
         [text.chronicle(model, 30, seed=1).tokens, held_out_rows(work, 30, model.cfg.n_ctx, bos)]
     )  # as the training text, half chronicle and half real prose
     records = []
-    for name, student in students.items():
-        row = evaluation.reconstruction(model, {layer: student.finished()}, tokens).iloc[0]
+    for name, trainer in trainers.items():
+        row = evaluation.reconstruction(model, {layer: trainer.finished()}, tokens).iloc[0]
         total = seconds[name] + seconds[configs[name].buffer, configs[name].passes]
         records.append(
             {"layer": layer, "seed": seed, "name": name, "seconds": total}
@@ -200,18 +200,18 @@ def where_time_goes(work: Path, repeats: int = 5) -> list[dict]:
     tokens = mixed_rows(work, config.rows * config.buffer, model.cfg.n_ctx, model.cfg.bos_token_id, 0)
     stream = Stream(ModelSource(model, tokens, layers), config)
     sample, fill = clocked(stream.sample)
-    students = [Student(layer, *sample[layer], config) for layer in layers]
+    trainers = [Trainer(layer, *sample[layer], config) for layer in layers]
     spent = dict.fromkeys(TIMES, 0.0)
     for step in range(-3, repeats):  # the first three warm up
         batch, dealt = clocked(stream.batch, max(step, 0) + 1)
         took = {"shuffling": dealt} | dict.fromkeys(list(TIMES)[2:], 0.0)
-        for layer, student in enumerate(students):
-            x, y = student.scaled(*batch[layer])
+        for layer, trainer in enumerate(trainers):
+            x, y = trainer.scaled(*batch[layer])
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                z, encoding = clocked(student.transcoder.encode, x)
-                _, decoding = clocked(student.transcoder.decode, z, x)
-            _, both = clocked(student.gradients, x, y)
-            _, update = clocked(student.update)
+                z, encoding = clocked(trainer.transcoder.encode, x)
+                _, decoding = clocked(trainer.transcoder.decode, z, x)
+            _, both = clocked(trainer.gradients, x, y)
+            _, update = clocked(trainer.update)
             parts = {"encoder": encoding, "decoder": decoding, "update": update}
             for name, value in (parts | {"backward": both - encoding - decoding}).items():
                 took[name] += value

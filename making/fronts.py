@@ -33,7 +33,7 @@ KINDS = {
     "SAE on MLP output": {"kind": "sae_out", "tied": True},
 }
 KS = [8, 24, 72]
-MIDDLE = 24  # the k at which features are compared with latents and across seeds
+MIDDLE = 24  # the k at which features are compared with labels and across seeds
 PAIRS = [(ours, sae) for ours in list(KINDS)[:2] for sae in list(KINDS)[2:]]
 REPLICATES = 100
 PROMPT, ANSWERS = "The war lasted from the year 1743 to the year 17", ("71", "21")
@@ -67,8 +67,8 @@ def main() -> None:
         cache = training.cache_activations(model, rows, layers, options.run / "activations")
         held_out = texts(model, options.work, options.measured_rows)
         for seed, layer in todo[: options.most]:
-            students = train(model, cache, layer, base.model_copy(update={"seed": seed}), options.run)
-            result = measure(model, students, rows, layer, seed, held_out)
+            learned = train(model, cache, layer, base.model_copy(update={"seed": seed}), options.run)
+            result = measure(model, learned, rows, layer, seed, held_out)
             part_file(options.run, seed, layer).write_text(json.dumps(result), encoding="utf-8")
             print(f"seed {seed}, layer {layer} done", flush=True)
     if all(part_file(options.run, *part).exists() for part in parts):
@@ -93,26 +93,26 @@ def train(model, cache, layer: int, base: tc.TrainConfig, run: Path) -> dict[tup
     }
     folder = run / f"seed{base.seed}_layer{layer}"
     trained, _ = training.train_side_by_side(model, cache, [layer], configs, run=folder / "checkpoints")
-    students = {(kind, k): trained[f"{kind}, k={k}"][layer] for kind in KINDS for k in KS}
+    learned = {(kind, k): trained[f"{kind}, k={k}"][layer] for kind in KINDS for k in KS}
     for kind in KINDS:
-        students[kind, MIDDLE].save(folder / kind.replace(" ", "_"), dtype=torch.float32)
-    return students
+        learned[kind, MIDDLE].save(folder / kind.replace(" ", "_"), dtype=torch.float32)
+    return learned
 
 
 @torch.no_grad()
-def measure(model, students, rows: torch.Tensor, layer: int, seed: int, held_out: dict) -> dict:
-    """Points of the fronts, paired gaps with intervals over rows, and scores against the latents."""
+def measure(model, learned, rows: torch.Tensor, layer: int, seed: int, held_out: dict) -> dict:
+    """Points of the fronts, paired gaps with intervals over rows, and scores against the labels."""
     sample = rows[:128]
     acts = next(mlp_activations(model, sample, [layer], len(sample)))[layer]
     words = sample != model.cfg.bos_token_id
     x, y = acts.x[words], acts.y[words]
-    d_features = students["transcoder", MIDDLE].config.d_features
+    d_features = learned["transcoder", MIDDLE].config.d_features
     mean = activations(model, sample, layer)["neurons"].mean(0)
     hooks = {("top-k neurons", k): baselines.top_neurons(model, layer, k, mean) for k in KS}
-    dictionaries = students | {
+    dictionaries = learned | {
         ("random directions", k): baselines.random_directions(layer, x, y, k, d_features, seed) for k in KS
     }
-    hooks |= {name: evaluation.in_place(layer, t) for name, t in dictionaries.items()}
+    hooks |= {name: evaluation.replacement_hooks(layer, t) for name, t in dictionaries.items()}
 
     points, gaps = [], []
     for source, tokens in held_out.items():
@@ -139,7 +139,7 @@ def measure(model, students, rows: torch.Tensor, layer: int, seed: int, held_out
 
 
 def scored_labels(model, dictionaries, layer: int, seed: int, d_features: int) -> pd.DataFrame:
-    """Every kind of unit against the generator's latents, at equal unit counts."""
+    """Every kind of unit against the generator's labels, at equal unit counts."""
     splits = [text.chronicle(model, 120, seed=s) for s in (101, 102)]
     truth = [ground_truth.truth(split) for split in splits]
     acts = [activations(model, split.tokens, layer) for split in splits]

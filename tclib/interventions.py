@@ -1,7 +1,7 @@
 """Interventions on MLPs, their features and attention heads.
 
 Each function returns hooks ``(name, function)`` that `run` (or TransformerLens' ``model.hooks``) puts in place for
-one forward pass and always takes away again. Lists add up with ``+``; what is held comes before what is edited.
+one forward pass and always takes away again. Lists add up with ``+``; what is frozen comes before what is edited.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tclib.transcoder import Transcoder
 Hook = tuple[str, Callable]
 Positions = slice | int | Sequence[int]
 EVERYWHERE = slice(None)
-Held = Literal["patterns", "scales", "values", "mlps"]
-_HELD = {
+Frozen = Literal["patterns", "scales", "values", "mlps"]
+_FROZEN = {
     "patterns": ".attn.hook_pattern", "scales": ".hook_scale", "values": ".attn.hook_v", "mlps": ".hook_mlp_out"
 }  # fmt: skip
 
@@ -57,25 +57,25 @@ def edited(model: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
         yield
         return
     with model.hooks(fwd_hooks=list(hooks)), warnings.catch_warnings():
-        # TransformerLens warns, rightly, that a held LayerNorm scale is applied again: that is the point here.
+        # TransformerLens warns, rightly, that a frozen LayerNorm scale is applied again: that is the point here.
         warnings.filterwarnings("ignore", message=".*hook_scale/hook_normalized")
         yield
 
 
-def hold(values: Mapping[str, Tensor], what: Sequence[Held]) -> list[Hook]:
+def freeze(values: Mapping[str, Tensor], what: Sequence[Frozen]) -> list[Hook]:
     """What an intervention must not change: attention patterns, LayerNorm scales, attention values, MLP outputs.
 
     They stay at ``values``, a cache of the untouched run of the same prompts (``model.run_with_cache(tokens)[1]``) or
-    of one prompt (``trace.cache``) for any number of rows of it. What is not held is free to answer.
+    of one prompt (``trace.cache``) for any number of rows of it. What is not frozen is free to answer.
 
     Raises:
-        ValueError: something else to hold, or a cache without it.
+        ValueError: something else to freeze, or a cache without it.
     """
-    unknown = set(what) - _HELD.keys()
+    unknown = set(what) - _FROZEN.keys()
     if unknown:
-        raise ValueError(f"{sorted(unknown)} cannot be held: choose from {', '.join(_HELD)}")
+        raise ValueError(f"{sorted(unknown)} cannot be frozen: choose from {', '.join(_FROZEN)}")
     hooks = []
-    for suffix in (_HELD[name] for name in what):
+    for suffix in (_FROZEN[name] for name in what):
         found = [(name, value) for name, value in values.items() if name.endswith(suffix)]
         if not found:
             raise ValueError(f"the cache has no {suffix[1:]}: run the model once on these prompts and keep it")
@@ -137,7 +137,7 @@ def keep_features(
     rest: Float[Tensor, "*row d_features"] | float = 0.0,
     positions: Positions = EVERYWHERE,
 ) -> list[Hook]:
-    """The MLP is replaced by its transcoder, of which only ``features`` are live; the others are held at ``rest``.
+    """The MLP is replaced by its transcoder, of which only ``features`` are live; the others are frozen at ``rest``.
 
     At other positions the MLP is left alone.
     """
@@ -147,9 +147,9 @@ def keep_features(
     def edit(x: Tensor, y: Tensor) -> Tensor:
         at = _places(positions, x)
         z = transcoder.encode(x[:, at])
-        held = torch.as_tensor(rest, dtype=z.dtype, device=z.device)
+        frozen = torch.as_tensor(rest, dtype=z.dtype, device=z.device)
         y = y.clone()
-        y[:, at] = transcoder.decode(torch.where(kept.to(z.device), z, held), x[:, at])
+        y[:, at] = transcoder.decode(torch.where(kept.to(z.device), z, frozen), x[:, at])
         return y
 
     return _through(layer, transcoder, edit)

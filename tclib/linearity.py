@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tclib import interventions
 from tclib.activations import hook_in, hook_out
-from tclib.interventions import Hook, edited, hold
+from tclib.interventions import Hook, edited
 from tclib.targets import Target
 from tclib.tracing import Trace
 
@@ -24,7 +25,7 @@ class NotFrozenError(RuntimeError):
 
 def freeze(trace: Trace) -> list[Hook]:
     """Hooks that hold patterns, LayerNorm scales and MLP outputs at this prompt's values."""
-    return hold(trace.cache, ["patterns", "scales", "mlps"])
+    return interventions.freeze(trace.cache, ["patterns", "scales", "mlps"])
 
 
 @torch.no_grad()

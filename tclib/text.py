@@ -24,10 +24,10 @@ UNSEEN_SEEDS = 2_000_000
 
 @dataclass(frozen=True)
 class LabelledText:
-    """Rows of tokens with the latent that produced each token (``"bos"`` for BOS)."""
+    """Rows of tokens with the label that produced each token (``"bos"`` for BOS)."""
 
     tokens: Int[Tensor, "row pos"]
-    latents: np.ndarray  # [row, pos] of str
+    labels: np.ndarray  # [row, pos] of str
 
 
 def load_text(model: TransformerBridge, source: str, rows: int, seed: int = 0) -> Int[Tensor, "row pos"]:
@@ -58,20 +58,20 @@ def load_text(model: TransformerBridge, source: str, rows: int, seed: int = 0) -
 
 
 def chronicle(model: TransformerBridge, rows: int, seed: int = 0, split: str = "train") -> LabelledText:
-    """Rows of chronicle prose with the latent of each token. Documents are packed with BOS between them."""
+    """Rows of chronicle prose with the label of each token. Documents are packed with BOS between them."""
     bos, width = bos_id(model), model.cfg.n_ctx
     first = [] if bos is None else [bos]
     ids: list[int] = []
-    latents: list[str] = []
+    labels: list[str] = []
     source = documents(UNSEEN_SEEDS + seed, split)
     while len(ids) <= rows * (width - len(first)):
         document = next(source)
         encoded = model.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)
         ids += [*first, *encoded["input_ids"]]
-        latents += ["bos"] * len(first) + [*document.latents([end for _, end in encoded["offset_mapping"]])]
+        labels += ["bos"] * len(first) + [*document.labels([end for _, end in encoded["offset_mapping"]])]
     # Every row brings its own BOS, so the first document's is dropped.
-    ids, latents = ids[len(first) :], latents[len(first) :]
-    return LabelledText(_rows(ids, rows, width, first), _label_rows(latents, rows, width, ["bos"] * len(first)))
+    ids, labels = ids[len(first) :], labels[len(first) :]
+    return LabelledText(_rows(ids, rows, width, first), _label_rows(labels, rows, width, ["bos"] * len(first)))
 
 
 def pack(model: TransformerBridge, texts: Iterable[str], rows: int) -> Int[Tensor, "row pos"]:
@@ -105,9 +105,9 @@ def _rows(ids: list[int], rows: int, width: int, first: list[int]) -> Int[Tensor
     return torch.cat([torch.tensor(first, dtype=body.dtype).expand(rows, -1), body], dim=1)
 
 
-def _label_rows(latents: list[str], rows: int, width: int, first: list[str]) -> np.ndarray:
+def _label_rows(labels: list[str], rows: int, width: int, first: list[str]) -> np.ndarray:
     width -= len(first)
-    body = np.array(latents[: rows * width], dtype=object).reshape(rows, width)
+    body = np.array(labels[: rows * width], dtype=object).reshape(rows, width)
     return np.concatenate([np.full((rows, len(first)), "bos", dtype=object), body], axis=1)
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 import tclib as tc
 from tclib import evaluation
 from tclib.training import architectures
-from tclib.training.trainer import Student
+from tclib.training.trainer import Trainer
 from tests.tiny import make_transcoder
 
 SMALL = tc.TrainConfig(d_features=64, steps=60, rows=8, lr=3e-3, l1=0.01)
@@ -42,13 +42,13 @@ def test_every_architecture_learns_and_keeps_its_sparsity(model, tokens, kind, s
 @pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
 def test_folding_the_scaling_changes_nothing(kind, skip):
     x, y = torch.randn(200, 32, dtype=torch.float64) * 3 + 1, torch.randn(200, 32, dtype=torch.float64) * 40 - 5
-    student = Student(0, x, y, SMALL.model_copy(update=KINDS[kind] | {"skip": skip}))
+    trainer = Trainer(0, x, y, SMALL.model_copy(update=KINDS[kind] | {"skip": skip}))
     for step in range(5):
-        student.step(x, y, step)
+        trainer.step(x, y, step)
     with torch.no_grad():
-        scaled, _ = student.scaled(x, y)
-        before = student.transcoder(scaled) * student.y_scale + student.y_mean
-    torch.testing.assert_close(student.finished()(x), before, rtol=1e-9, atol=1e-9)
+        scaled, _ = trainer.scaled(x, y)
+        before = trainer.transcoder(scaled) * trainer.y_scale + trainer.y_mean
+    torch.testing.assert_close(trainer.finished()(x), before, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,13 +58,13 @@ def test_the_loss_is_its_equation(kind, seed):
     torch.manual_seed(seed)
     x, y = torch.randn(40, 32, dtype=torch.float64), torch.randn(40, 32, dtype=torch.float64)
     config = SMALL.model_copy(update=KINDS[kind] | {"l1": 0.1, "l0": 0.1, "aux": 0.0})
-    student = Student(0, x, y, config)
+    trainer = Trainer(0, x, y, config)
     with torch.no_grad():
         if not config.unit_norm:
-            student.transcoder.W_dec *= 1 + torch.rand(64, 1)
-    x, y = student.scaled(x, y)
-    (loss, squared, active), z = student.gradients(x, y)
-    t = student.transcoder
+            trainer.transcoder.W_dec *= 1 + torch.rand(64, 1)
+    x, y = trainer.scaled(x, y)
+    (loss, squared, active), z = trainer.gradients(x, y)
+    t = trainer.transcoder
     dense = torch.relu(x @ t.W_enc + t.b_enc)
     kept = {
         "relu": dense > 0,
@@ -109,30 +109,30 @@ def test_aux_is_the_error_explained_by_dead_features_alone():
 
 def test_finished_rows_have_unit_length_and_free_rows_had_not():
     x, y = torch.randn(200, 32), torch.randn(200, 32)
-    student = Student(0, x, y, SMALL.model_copy(update={"unit_norm": False}))
+    trainer = Trainer(0, x, y, SMALL.model_copy(update={"unit_norm": False}))
     for step in range(20):
-        student.step(x, y, step)
-    assert (student.transcoder.W_dec.norm(dim=1) - 1).abs().max() > 0.01
-    torch.testing.assert_close(student.finished().W_dec.norm(dim=1), torch.ones(64))
+        trainer.step(x, y, step)
+    assert (trainer.transcoder.W_dec.norm(dim=1) - 1).abs().max() > 0.01
+    torch.testing.assert_close(trainer.finished().W_dec.norm(dim=1), torch.ones(64))
 
 
 def test_pull_lifts_dead_features_until_they_fire():
     x, y = torch.randn(100, 32), torch.randn(100, 32)
-    student = Student(0, x, y, SMALL.model_copy(update={"dead_after": 100, "lr": 0.01, "pull": 20.0, "warmup": 0.0}))
+    trainer = Trainer(0, x, y, SMALL.model_copy(update={"dead_after": 100, "lr": 0.01, "pull": 20.0, "warmup": 0.0}))
     with torch.no_grad():
-        student.transcoder.b_enc[:5] = -1
-    start = student.transcoder.b_enc[5:].clone()
-    dead = [round(64 * student.step(x, y, step)["dead"]) for step in range(12)]
+        trainer.transcoder.b_enc[:5] = -1
+    start = trainer.transcoder.b_enc[5:].clone()
+    dead = [round(64 * trainer.step(x, y, step)["dead"]) for step in range(12)]
     assert dead[0] == 5 and dead[-1] == 0
-    assert (student.transcoder.b_enc[5:] - start).abs().max() < 0.15  # those alive only learned
+    assert (trainer.transcoder.b_enc[5:] - start).abs().max() < 0.15  # those alive only learned
 
 
 def test_dead_features_are_counted_in_tokens():
     x, y = torch.randn(100, 32), torch.randn(100, 32)
-    student = Student(0, x, y, SMALL.model_copy(update={"dead_after": 250, "lr": 1e-9}))
+    trainer = Trainer(0, x, y, SMALL.model_copy(update={"dead_after": 250, "lr": 1e-9}))
     with torch.no_grad():
-        student.transcoder.b_enc[:5] = -1e3
-    assert [student.step(x, y, step)["dead"] for step in range(3)] == [0, 0, 5 / 64]
+        trainer.transcoder.b_enc[:5] = -1e3
+    assert [trainer.step(x, y, step)["dead"] for step in range(3)] == [0, 0, 5 / 64]
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_a_removal_is_what_the_model_does(models, which, side):
             return value
 
         # Values held too: the head reaches the target on its direct path alone.
-        hooks = linearity.freeze(trace) + interventions.hold(trace.cache, ["values"])
+        hooks = linearity.freeze(trace) + interventions.freeze(trace.cache, ["values"])
         hooks.append((f"blocks.{layer}.attn.hook_pattern", look_elsewhere))
         seen = {}
         name = f"blocks.2.hook_resid_{'pre' if trace.parallel else 'mid'}"

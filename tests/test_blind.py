@@ -37,9 +37,9 @@ LINES = [
     "tokens@1: ;",
     "before 2:  b",
     r"regex: \d\d;?",
-    "latent: citation",
-    "latent: next verb",
-    "!tokens:  a && latent: plain",
+    "label: citation",
+    "label: next verb",
+    "!tokens:  a && label: plain",
     "tokens:  a || before 1:  a && !regex: b",
 ]
 
@@ -57,10 +57,11 @@ def held(line: str) -> list[list[int]]:
         ("before 2:  b", [[0, 3], [0, 4], [1, 2], [1, 3], [1, 4]]),
         (r"regex: \d;", [[1, 5]]),
         (r"regex: a\d", [[0, 5], [1, 4]]),
-        ("latent: citation", [[0, 5], [1, 4], [1, 5]]),
-        ("latent: next verb", [[0, 1], [1, 2]]),
-        ("tokens:  a && !latent: plain", [[1, 3]]),
-        ("tokens: ; || tokens: 12 && latent: citation.year", [[0, 5], [1, 5]]),
+        ("label: citation", [[0, 5], [1, 4], [1, 5]]),
+        ("label: next verb", [[0, 1], [1, 2]]),
+        ("label: next verb", [[0, 1], [1, 2]]),  # its older name
+        ("tokens:  a && !label: plain", [[1, 3]]),
+        ("tokens: ; || tokens: 12 && label: citation.year", [[0, 5], [1, 5]]),
         ("tokens: \n", []),  # BOS
     ],
 )
@@ -99,7 +100,7 @@ def test_offsets_look_where_they_should(offset):
         ("tokens 3: a", "clauses look like this"),
         ("regex: (", "no regular expression"),
         ("before 0:  a", "at least one token"),
-        ("latent@-1: verb", "clauses look like this"),
+        ("label@-1: verb", "clauses look like this"),
     ],
 )
 def test_a_bad_rule_is_refused(line, message):
@@ -108,8 +109,8 @@ def test_a_bad_rule_is_refused(line, message):
 
 
 def test_an_unknown_latent_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"no latent 'verb.pasive'.*citation.semicolon"):
-        rules.Latent("verb.pasive").hits(TEXT)
+    with pytest.raises(ValueError, match=r"no label 'verb.pasive'.*citation.semicolon"):
+        rules.Label("verb.pasive").hits(TEXT)
 
 
 def random_text(rows: int = 30, length: int = 40, seed: int = 0) -> tuple[rules.Words, np.ndarray]:
@@ -428,8 +429,8 @@ def test_the_game_is_played_by_setting_values(world, seal):
     assert "commit a hypothesis first" in game.message.value and not game.reveal.value and not seal.broken
     game.rule.value = "nonsense"
     assert "no clause of a rule" in game.message.value and not seal.hypotheses
-    game.rule.value = "latent: nothing"
-    assert "no latent" in game.message.value and not seal.hypotheses
+    game.rule.value = "label: nothing"
+    assert "no label" in game.message.value and not seal.hypotheses
     game.rule.value = "tokens: w1|w2"
     assert game.message.value == "" and "tokens: w1|w2" in game.scores.value
     game.reveal.value = True

@@ -21,7 +21,7 @@ from tclib.circuits.graph import build_graph
 from tclib.circuits.one_step import Node, prompt_graph
 from tclib.circuits.path_bounds import suffix_bounds
 from tclib.circuits.path_graph import check_flows, merge
-from tclib.circuits.path_search import Only, best_first, greedy
+from tclib.circuits.path_search import PathFilter, best_first, greedy
 from tclib.circuits.pruning import to_networkx
 from tclib.ui import circuit_page
 from tests.tiny import make_model, make_transcoder
@@ -234,18 +234,21 @@ def test_filters(models):
         return node.kind == "head"
 
     for only, wanted in [
-        (Only(first=[head]), lambda n: head(n[0])),
-        (Only(first=[head, feature]), lambda n: len(n) > 1 and head(n[0]) and feature(n[1])),
-        (Only(last=[head, feature]), lambda n: len(n) > 1 and head(n[-2]) and feature(n[-1])),
-        (Only(inside=[feature]), lambda n: any(map(feature, n))),
-        (Only(inside=[feature, head]), lambda n: any(feature(a) and head(b) for a, b in zip(n, n[1:], strict=False))),
-        (Only(never=lambda node: node.layer == 0), lambda n: all(node.layer != 0 for node in n)),
+        (PathFilter(first=[head]), lambda n: head(n[0])),
+        (PathFilter(first=[head, feature]), lambda n: len(n) > 1 and head(n[0]) and feature(n[1])),
+        (PathFilter(last=[head, feature]), lambda n: len(n) > 1 and head(n[-2]) and feature(n[-1])),
+        (PathFilter(inside=[feature]), lambda n: any(map(feature, n))),
+        (
+            PathFilter(inside=[feature, head]),
+            lambda n: any(feature(a) and head(b) for a, b in zip(n, n[1:], strict=False)),
+        ),
+        (PathFilter(never=lambda node: node.layer == 0), lambda n: all(node.layer != 0 for node in n)),
     ]:
         found = best_first(graph, target, 0.0, max_length=3, only=only, limit=10**6)
         assert {p.nodes for p in found.paths} == {p.nodes for p in everything if wanted(p.nodes)}
         listed = sum(p.contribution for p in found.paths)
         assert abs(listed + found.remainder - target.value(trace)) < 1e-8
-    kept = greedy(graph, target, 2, 4, only=Only(never=head))
+    kept = greedy(graph, target, 2, 4, only=PathFilter(never=head))
     assert kept[0] and not any(head(node) for level in kept for p in level for node in p.nodes)
 
 

@@ -138,7 +138,7 @@ def test_the_same_page_twice(made):
 
 def test_a_feature_that_never_fired_has_a_page(model, transcoders, built, truth):
     d = dashboard.collect(model, transcoders, built, 1, SILENT, truth)
-    assert d.statistics["count"] == 0 and not d.examples and d.latents is None
+    assert d.statistics["count"] == 0 and not d.examples and d.labels is None
     assert "never fired on 360 tokens" in dashboard_page.dashboard_html(d)
     first = dashboard.collect(model, transcoders, built, 0, 0)
     assert first.incoming.empty and "tokens" in dashboard_page.dashboard_html(first)

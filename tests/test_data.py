@@ -59,9 +59,9 @@ def test_model_tokens_and_transcoders_belong_together(model):
 
 def test_text_rows_and_latents(model):
     labelled = text.chronicle(model, 5, seed=3)
-    assert labelled.tokens.shape == labelled.latents.shape == (5, model.cfg.n_ctx)
+    assert labelled.tokens.shape == labelled.labels.shape == (5, model.cfg.n_ctx)
     assert (labelled.tokens[:, 0] == model.tokenizer.bos_token_id).all()
-    years = labelled.tokens[torch.from_numpy(labelled.latents == "span.end.year")]
+    years = labelled.tokens[torch.from_numpy(labelled.labels == "span.end.year")]
     assert len(years) and all(re.fullmatch(r"\d\d", model.tokenizer.decode([i])) for i in years.tolist())
     assert torch.equal(text.load_text(model, "chronicle", 5, seed=3), labelled.tokens)
     assert not torch.equal(text.load_text(model, "chronicle", 5, seed=4), labelled.tokens)

@@ -69,7 +69,7 @@ def test_reconstruction_with_and_without_bos_against_numpy(model, transcoders, t
 
 
 def test_replacement_against_logits(model, transcoders, tokens):
-    hooks = evaluation.in_place(0, transcoders[0]) + evaluation.in_place(1, transcoders[1])
+    hooks = evaluation.replacement_hooks(0, transcoders[0]) + evaluation.replacement_hooks(1, transcoders[1])
     log_p, log_q = (run(model, tokens, h)[:, :-1].log_softmax(-1).double() for h in ([], hooks))
     targets = tokens[:, 1:]
     keep = targets != BOS
@@ -143,7 +143,9 @@ def test_memory_does_not_grow_with_the_text(model, transcoders, tokens, measured
 def test_replicates_do_not_depend_on_the_batch_size_and_are_paired(model, transcoders, tokens, measured):
     again = evaluation.measure(model, transcoders, tokens, batch_size=5, replicates=50)
     pd.testing.assert_frame_equal(again.layers, measured.layers, rtol=1e-5)
-    alone = evaluation.faithfulness(model, tokens, {"x": evaluation.in_place(2, transcoders[2])}, replicates=50)
+    alone = evaluation.faithfulness(
+        model, tokens, {"x": evaluation.replacement_hooks(2, transcoders[2])}, replicates=50
+    )
     paired = measured.groups[measured.groups["layer"] == 2]["ce_replaced"].to_numpy()
     np.testing.assert_allclose(alone[alone["name"] == "x"]["ce"], paired, rtol=1e-6)
 
@@ -245,7 +247,7 @@ def test_random_directions_fire_as_asked_and_beat_the_mean(model, tokens):
 
 
 def planted(seed: int, n: int = 4000) -> tuple[torch.Tensor, pd.DataFrame]:
-    """Inputs that are sums of latent directions: ``a`` alone; ``b`` in two halves; ``c``, half of it a special case."""
+    """Inputs that are sums of label directions: ``a`` alone; ``b`` in two halves; ``c``, half of it a special case."""
     g = torch.Generator().manual_seed(seed)
     kind = torch.randint(0, 8, (n,), generator=g)
     flags = {"a": kind == 1, "b1": kind == 2, "b2": kind == 3, "c": kind == 4, "c special": kind == 5}
@@ -270,16 +272,16 @@ def planted_scores():
 
 def test_scorer_finds_planted_features(planted_scores):
     units = planted_scores.units.set_index("unit")
-    assert units["latent"][0] == "a" and units["latent"][1] == units["latent"][2] == "b"
-    assert units["latent"][3] == units["latent"][4] == "c"
+    assert units["label"][0] == "a" and units["label"][1] == units["label"][2] == "b"
+    assert units["label"][3] == units["label"][4] == "c"
     assert units.loc[0, ["f1", "auroc", "precision", "recall"]].tolist() == pytest.approx([1, 1, 1, 1], abs=0.01)
     assert units.loc[0, "selectivity"] > 0.95
     assert units.loc[1, "recall"] == pytest.approx(0.5, abs=0.05) and units.loc[1, "precision"] > 0.99
-    assert pd.isna(units["latent"][5]) and units["f1"][5] == 0
+    assert pd.isna(units["label"][5]) and units["f1"][5] == 0
 
 
 def test_scorer_sees_split_and_absorbed_latents(planted_scores):
-    table = planted_scores.latents.set_index("latent")
+    table = planted_scores.labels.set_index("label")
     assert table.loc["a", "covered"] and table.loc["a", "unit"] == 0
     assert not table.loc["a", "split"] and table.loc["a", "absorbed"] == pytest.approx(0, abs=0.01)
     assert table.loc["b", "split"] and table.loc["b", "devoted"] == 2
@@ -306,16 +308,16 @@ def test_best_f1_and_auroc_against_brute_force(seed):
     truth = rng.random((60, 2)) < 0.3
     truth[0], truth[1] = True, False
     f1, at = ground_truth.best_f1(values, truth)
-    for latent in range(2):
+    for label in range(2):
         best = 0.0
         for threshold in np.unique(values)[1:]:
             fired = values[:, 0] >= threshold
-            hits = (fired & truth[:, latent]).sum()
-            best = max(best, 2 * hits / (fired.sum() + truth[:, latent].sum()))
-        assert f1[0, latent] == pytest.approx(best)
-        pairs = values[truth[:, latent]][:, None, 0] - values[~truth[:, latent]][None, :, 0]
+            hits = (fired & truth[:, label]).sum()
+            best = max(best, 2 * hits / (fired.sum() + truth[:, label].sum()))
+        assert f1[0, label] == pytest.approx(best)
+        pairs = values[truth[:, label]][:, None, 0] - values[~truth[:, label]][None, :, 0]
         area = ((pairs > 0) + 0.5 * (pairs == 0)).mean()
-        assert ground_truth.auroc(values[:, 0], truth[:, latent]) == pytest.approx(area)
+        assert ground_truth.auroc(values[:, 0], truth[:, label]) == pytest.approx(area)
 
 
 def test_truth_of_chronicle(tmp_path):
@@ -332,9 +334,9 @@ def test_truth_of_chronicle(tmp_path):
 
 def test_scoring_refuses_what_does_not_fit():
     units, truth = np.zeros((5, 2)), pd.DataFrame({"a": [True] * 5})
-    with pytest.raises(ValueError, match="5 tokens of activations but 4 of latents"):
+    with pytest.raises(ValueError, match="5 tokens of activations but 4 of labels"):
         ground_truth.score(units, truth.head(4), units, truth)
-    with pytest.raises(ValueError, match="share no latent"):
+    with pytest.raises(ValueError, match="share no label"):
         ground_truth.score(units, truth, units, truth.rename(columns={"a": "b"}))
     with pytest.raises(ValueError, match="NaN"):
         ground_truth.score(units + np.nan, truth, units, truth)

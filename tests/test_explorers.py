@@ -37,7 +37,7 @@ from tests.tiny import make_model, make_transcoder
 COPIES = REPO / "build" / "nbmake"
 VIEW = "application/vnd.jupyter.widget-view+json"
 SLOWEST = 300  # milliseconds
-HELD = list(editor.HELD)
+HELD = list(editor.FROZEN)
 
 
 @pytest.fixture(scope="module")
@@ -248,8 +248,8 @@ def test_searches_of_the_browser(parts):
     assert often["frequency"].between(0.001, 0.01).all() and often["frequency"].is_monotonic_decreasing
     found = browser.by_token(model, summary, 0, "war")
     assert {model.tokenizer.decode([t]) for t in found["token"]} <= {"war", " war"}
-    latent = browser.of_layer(summary, 0)["latent"].dropna().iloc[0]
-    assert browser.by_latent(summary, 0, latent)["latent"].str.contains(latent, regex=False).all()
+    label = browser.of_layer(summary, 0)["label"].dropna().iloc[0]
+    assert browser.by_label(summary, 0, label)["label"].str.contains(label, regex=False).all()
     near = browser.similar(transcoders, summary, 2, 892)
     W = transcoders[2].W_dec
     assert near["cosine"].iloc[0] == pytest.approx(
@@ -267,8 +267,8 @@ def test_searches_of_the_browser(parts):
     [
         (lambda model, summary: browser.by_token(model, summary, 0, " "), "the search is empty"),
         (lambda model, summary: browser.by_token(model, summary, 0, "warfarexyz"), "is several tokens"),
-        (lambda model, summary: browser.by_latent(summary, 0, ""), "the search is empty"),
-        (lambda model, summary: browser.by_latent(summary, 0, "zzz"), "'zzz' in its name: there are"),
+        (lambda model, summary: browser.by_label(summary, 0, ""), "the search is empty"),
+        (lambda model, summary: browser.by_label(summary, 0, "zzz"), "'zzz' in its name: there are"),
         (lambda model, summary: browser.by_frequency(summary, 0, 0.99, 1.0), "widen the range"),
         (lambda model, summary: browser.of_layer(summary, 7), r"layer 7 is not in this summary, which has layers \[0"),
     ],
@@ -280,9 +280,9 @@ def test_empty_searches(parts, search, sentence):
 
 def test_summary_without_labels(parts):
     model, transcoders, _, index = parts
-    bare = parts[2].features.assign(latent=None)
+    bare = parts[2].features.assign(label=None)
     with pytest.raises(ValueError, match="was not labelled"):
-        browser.by_latent(Summary(parts[2].about, bare, parts[2].examples, parts[2].tokens), 0, "x")
+        browser.by_label(Summary(parts[2].about, bare, parts[2].examples, parts[2].tokens), 0, "x")
 
 
 # shells: a control is moved, the view changes

@@ -60,7 +60,7 @@ MOVES = {
         ("found", ["ArrowDown"]),
         ("feature", ["Control+a", "type:606", "Enter"]),
         ("layer", ["ArrowUp"]),
-        ("search by", "click:latent"),
+        ("search by", "click:label"),
         ("for", ["type:year", "Enter"]),
     ],
     "Attribution walker": [

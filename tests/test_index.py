@@ -311,14 +311,14 @@ def test_by_token_and_by_positions(built, dense, tokens):
 def test_latents(built, dense):
     truth = pd.DataFrame({"even": built.flat_tokens[built.kept] % 2 == 0, "small": built.flat_tokens[built.kept] < 10})
     feature = int(search.statistics(built, 0)["count"].idxmax())
-    of = search.latents_of(built, 0, feature, truth).set_index("latent")
-    by = search.by_latent(built, 0, truth["even"], k=64).set_index("feature")
+    of = search.labels_of(built, 0, feature, truth).set_index("label")
+    by = search.by_label(built, 0, truth["even"], k=64).set_index("feature")
     assert of.loc["even", "f1"] == pytest.approx(by.loc[feature, "f1"])
-    best = search.best_latents(built, 0, truth)
+    best = search.best_labels(built, 0, truth)
     assert best.loc[feature, "f1"] == pytest.approx(of["f1"].max())
-    assert pd.isna(best["latent"][5]) and best["f1"][5] == 0
+    assert pd.isna(best["label"][5]) and best["f1"][5] == 0
     with pytest.raises(ValueError, match="use the same text"):
-        search.latents_of(built, 0, feature, truth.iloc[:-1])
+        search.labels_of(built, 0, feature, truth.iloc[:-1])
 
 
 def test_by_frequency_and_similarity(built, transcoders):
@@ -549,7 +549,7 @@ def test_an_activation_beyond_float16_is_refused():
     transcoder = make_transcoder(0)
     transcoder.b_enc += 1e5
     with pytest.raises(ValueError, match="does not fit float16"):
-        active.Finder(transcoder)(torch.zeros(4, 32))
+        active.ActiveFinder(transcoder)(torch.zeros(4, 32))
 
 
 # --- summaries
@@ -586,7 +586,7 @@ def test_the_bundled_summary_is_of_the_bundled_weights_and_right():
         z = transcoders[row.layer].encode(acts[row.layer].x[row.row, row.position])[row.feature].item()
         assert z == pytest.approx(row.activation, rel=2e-3, abs=1e-2)
     assert len(few) > 20
-    assert set(ground_truth.truth(labelled)) & set(summary.features["latent"].dropna())
+    assert set(ground_truth.truth(labelled)) & set(summary.features["label"].dropna())
 
 
 @pytest.mark.parametrize("way", ["bfloat16", "int8"])
@@ -600,10 +600,10 @@ def test_screening_finds_what_the_plain_way_finds(activation, way, monkeypatch):
     transcoder = make_transcoder(0, d_features=512, activation=activation)
     transcoder.b_enc -= 2
     x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
-    plain = active.Finder(transcoder)
+    plain = active.ActiveFinder(transcoder)
     monkeypatch.setattr(active, "SCREENED_FROM", 0)
     monkeypatch.setattr(active, "bfloat16_hardware", lambda: True)
-    screened = active.Finder(transcoder)
+    screened = active.ActiveFinder(transcoder)
     assert plain.screen is None and screened.screen is not None
     if way == "int8":
         screened.screen = {"not": "used"}

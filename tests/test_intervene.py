@@ -114,10 +114,10 @@ def test_what_is_held_does_not_answer_and_the_rest_does(model, tokens, what):
     _, cache = model.run_with_cache(tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        held = outputs(model, tokens, interventions.hold(cache, [what]) + edit, name)
+        held = outputs(model, tokens, interventions.freeze(cache, [what]) + edit, name)
     assert torch.equal(held, cache[name])
     assert not torch.allclose(outputs(model, tokens, edit, name), cache[name], atol=1e-3)
-    torch.testing.assert_close(model(tokens), interventions.run(model, tokens, interventions.hold(cache, [what])))
+    torch.testing.assert_close(model(tokens), interventions.run(model, tokens, interventions.freeze(cache, [what])))
 
 
 KINDS = [("gpt2", True, {}), ("gpt2", False, {}), ("neox", True, {}), ("neox", False, {"activation": "topk", "k": 8})]
@@ -216,17 +216,17 @@ def test_a_prediction_through_skip_paths_needs_free_mlps(model):
     skips = {layer: make_transcoder(layer, skip=True) for layer in (0, 1)}
     trace = tc.trace(model, skips, "w1 w5 w2", check_fit=False)
     removed, target = pd.DataFrame(strongest(trace, 0, -1, 1)), targets.logit(trace, "w3")
-    with pytest.raises(ValueError, match="held MLPs cut"):
+    with pytest.raises(ValueError, match="frozen MLPs cut"):
         validation.compare(trace, removed, [target], LINEAR)
     table = validation.compare(trace, removed, [target], [*LINEAR, "values"])
     assert table["measured"].item() == pytest.approx(table["predicted"].item(), abs=1e-3)
 
 
 def test_wrong_requests_get_one_sentence(model, tokens):
-    with pytest.raises(ValueError, match="'softmax'.*cannot be held"):
-        interventions.hold({}, ["softmax"])
+    with pytest.raises(ValueError, match="'softmax'.*cannot be frozen"):
+        interventions.freeze({}, ["softmax"])
     with pytest.raises(ValueError, match="no attn.hook_v"):
-        interventions.hold({}, ["values"])
+        interventions.freeze({}, ["values"])
     with pytest.raises(ValueError, match="cannot replace the MLP of layer 0"):
         interventions.replace_mlp(0, make_transcoder(1))
     with pytest.raises(ValueError, match="feature 64 is outside the transcoder, which has features 0 to 63"):

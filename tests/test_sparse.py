@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import tclib as tc
 from tclib.training.fast import active_pairs, int8, screening
 from tclib.training.fast.pairs import Pairs
-from tclib.training.fast.sparse_step import SparseStudent, make_student
-from tclib.training.trainer import Student
+from tclib.training.fast.sparse_step import SparseTrainer, make_trainer
+from tclib.training.trainer import Trainer
 from tests.rank_worker import assert_one_and_two_agree, launch
 from tests.tiny import make_model
 
@@ -43,9 +43,9 @@ def data(dtype=torch.float64, seed=0, tokens=TOKENS):
 
 
 def twins(kind, dtype=torch.float64, **changes):
-    """The plain and the sparse student with equal, slightly random weights."""
+    """The plain and the sparse trainer with equal, slightly random weights."""
     c = config(kind, **changes)
-    pair = [cls(0, *data(dtype), c) for cls in (Student, SparseStudent)]
+    pair = [cls(0, *data(dtype), c) for cls in (Trainer, SparseTrainer)]
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, p in pair[0].transcoder.named_parameters():
@@ -82,16 +82,16 @@ def test_gradients_are_those_of_the_dense_step(kind, skip, way, dtype, bound, mo
 
 
 def trajectory(cls, kind, dtype, tokens=TOKENS, order=1, **changes):
-    """A student and its rows after 500 steps; with ``order=-1`` the tokens of each batch come in reverse."""
+    """A trainer and its rows after 500 steps; with ``order=-1`` the tokens of each batch come in reverse."""
     c = config(kind, **changes)
     # Other data: start_l0 puts one pre-activation per feature at 0, where rounding would decide who is active.
-    student = cls(0, *data(dtype, seed=1000), c)
+    trainer = cls(0, *data(dtype, seed=1000), c)
     rows = []
     for step in range(c.steps):
         x, y = data(dtype, seed=step % 20, tokens=tokens)
-        rows.append(student.step(x, y, step) if order > 0 else student.step(x.flip(0), y.flip(0), step))
-        assert cls is Student or student.density < c.screen_below
-    return student, rows
+        rows.append(trainer.step(x, y, step) if order > 0 else trainer.step(x.flip(0), y.flip(0), step))
+        assert cls is Trainer or trainer.density < c.screen_below
+    return trainer, rows
 
 
 def apart(rows, others):
@@ -103,7 +103,7 @@ def apart(rows, others):
 @pytest.mark.parametrize("kind", KINDS)
 def test_500_steps_in_float64_end_with_the_same_weights(kind):
     changes = {"skip": True, "screen_below": 1.0, "dead_after": 2000}
-    (plain, rows), (fast, others) = (trajectory(c, kind, torch.float64, **changes) for c in (Student, SparseStudent))
+    (plain, rows), (fast, others) = (trajectory(c, kind, torch.float64, **changes) for c in (Trainer, SparseTrainer))
     assert rows[-1]["fvu"] < 0.7 * rows[0]["fvu"]
     for (name, p), q in zip(plain.transcoder.named_parameters(), fast.transcoder.parameters(), strict=True):
         assert (p - q).abs().max() < 1e-8, name
@@ -116,20 +116,20 @@ def steps_before_a_tie() -> int:
     From there on, which of the two is kept depends on the processor's order of adding, and both are right.
     """
     c = config("topk", screen_below=1.0)
-    student = Student(0, *data(torch.float32, seed=1000), c)
+    trainer = Trainer(0, *data(torch.float32, seed=1000), c)
     for step in range(c.steps):
         x, y = data(torch.float32, seed=step % 20)
-        pre = student.scaled(x, y)[0] @ student.transcoder.W_enc + student.transcoder.b_enc
+        pre = trainer.scaled(x, y)[0] @ trainer.transcoder.W_enc + trainer.transcoder.b_enc
         last, next_one = pre.topk(c.k + 1).values[:, -2:].T
         if (last - next_one < 5e-7 * last).any():
             return step
-        student.step(x, y, step)
+        trainer.step(x, y, step)
     return c.steps
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 def test_500_steps_in_float32_end_equally_well(kind):
-    rows, others = (trajectory(c, kind, torch.float32, screen_below=1.0)[1] for c in (Student, SparseStudent))
+    rows, others = (trajectory(c, kind, torch.float32, screen_below=1.0)[1] for c in (Trainer, SparseTrainer))
     _, l0, fvu = apart(rows, others)
     steps = steps_before_a_tie() if kind == "topk" else len(rows)
     assert steps > 100 and apart(rows[:steps], others[:steps])[0] < 1e-4
@@ -139,7 +139,7 @@ def test_500_steps_in_float32_end_equally_well(kind):
 @pytest.mark.parametrize("kind", ["relu", "jumprelu"])
 def test_500_steps_in_float32_drift_no_more_than_from_another_order_of_tokens(kind):
     """One pair on the other side of its threshold moves the loss by more than 1e-4, whoever adds in another order."""
-    runs = ((Student, 1), (SparseStudent, 1), (Student, -1))
+    runs = ((Trainer, 1), (SparseTrainer, 1), (Trainer, -1))
     changes = {"tokens": 600, "lr": 5e-4, "screen_below": 1.0}
     plain, fast, turned = (trajectory(c, kind, torch.float32, order=order, **changes)[1] for c, order in runs)
     loss, l0, fvu = apart(plain, fast)
@@ -153,7 +153,7 @@ def test_from_dense_to_screened_through_all_switches(kind):
     switches = {"start_l0": None, "sparse_below": 0.2, "screen_below": 0.08}
     costs = {"l1": 0.3, "lr": 4e-3} if kind == "relu" else {"l0": 0.05, "lr": 4e-3, "bandwidth": 0.05}
     c = config(kind, steps=300, **switches, **costs)
-    plain, fast = (cls(0, *data(), c) for cls in (Student, SparseStudent))
+    plain, fast = (cls(0, *data(), c) for cls in (Trainer, SparseTrainer))
     density = []
     for step in range(c.steps):
         density.append(float(fast.density))
@@ -168,7 +168,7 @@ def test_from_dense_to_screened_through_all_switches(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_restored_it_goes_on_with_the_same_bits(kind):
     c = config(kind)
-    first, second = (SparseStudent(0, *data(torch.float32, seed=s), c) for s in (0, 7))
+    first, second = (SparseTrainer(0, *data(torch.float32, seed=s), c) for s in (0, 7))
     for step in range(10):
         first.step(*data(torch.float32, seed=step), step)
     second.restore({name: t.contiguous().clone() for name, t in first.state().items()})
@@ -180,7 +180,7 @@ def test_restored_it_goes_on_with_the_same_bits(kind):
 
 def test_either_step_goes_on_where_the_other_stopped():
     c = config("relu")
-    plain, fast, other, further = (cls(0, *data(seed=1000), c) for cls in (Student, SparseStudent) * 2)
+    plain, fast, other, further = (cls(0, *data(seed=1000), c) for cls in (Trainer, SparseTrainer) * 2)
     for step in range(20):
         plain.step(*data(seed=step), step)
         fast.step(*data(seed=step), step)
@@ -412,9 +412,9 @@ def test_without_the_hardware_the_product_is_exact(monkeypatch):
 def test_who_gets_which_step():
     x, y = data(torch.float32)
     kinds = {"large": {"sparse_from": FEATURES}, "small": {}, "half": {"sparse_from": 1, "bfloat16": True}}
-    made = {name: type(make_student(0, x, y, config("relu", **change))) for name, change in kinds.items()}
-    assert made == {"large": SparseStudent, "small": Student, "half": Student}
-    assert type(make_student(0, x.bfloat16(), y.bfloat16(), config("relu", sparse_from=1, start_l0=None))) is Student
+    made = {name: type(make_trainer(0, x, y, config("relu", **change))) for name, change in kinds.items()}
+    assert made == {"large": SparseTrainer, "small": Trainer, "half": Trainer}
+    assert type(make_trainer(0, x.bfloat16(), y.bfloat16(), config("relu", sparse_from=1, start_l0=None))) is Trainer
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Hypotheses as rules: a rule says at which tokens of any text a feature should fire, so it can be wrong.
 
-Token sets, regular expressions, relations between positions, and latents of the generator, combined with ``&``, ``|``
+Token sets, regular expressions, relations between positions, and labels of the generator, combined with ``&``, ``|``
 and ``~``. `parse` reads one from a line of text. `score` compares a rule with activations: precision, recall, F1 and
 the correlation of rule and activation, each with an interval over rows and beside chance.
 """
@@ -21,7 +21,7 @@ from tclib.text import LabelledText
 
 Hits = Bool[np.ndarray, "row pos"]
 MEASURES = ["precision", "recall", "f1", "correlation"]
-GRAMMAR = "tokens: a| b   tokens@-1: was| were   before 5: (   regex: \\d\\d;   latent: citation.semicolon"
+GRAMMAR = "tokens: a| b   tokens@-1: was| were   before 5: (   regex: \\d\\d;   label: citation.semicolon"
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Words:
     """A text as rules read it. ``scored`` is False at BOS, which no rule and no score looks at."""
 
     tokens: np.ndarray  # [row, pos] of str; BOS reads as a line break
-    latents: np.ndarray  # [row, pos] of str
+    labels: np.ndarray  # [row, pos] of str
     scored: Hits
 
 
 def words(model: TransformerBridge, text: LabelledText) -> Words:
-    """The strings of a text's tokens, beside its latents."""
+    """The strings of a text's tokens, beside its labels."""
     ids, places = np.unique(text.tokens.cpu().numpy(), return_inverse=True)
     bos = bos_id(model)
     strings = np.array(["\n" if i == bos else model.tokenizer.decode([i]) for i in ids.tolist()], dtype=object)
-    return Words(strings[places].reshape(text.tokens.shape), text.latents, are_words(model, text.tokens).cpu().numpy())
+    return Words(strings[places].reshape(text.tokens.shape), text.labels, are_words(model, text.tokens).cpu().numpy())
 
 
 class Rule:
@@ -113,8 +113,8 @@ class Regex(Rule):
         return f"regex: {self.pattern.pattern}"
 
 
-class Latent(Rule):
-    """The generator's latent of this token, or with ``"next ..."`` of the token after it, has this name.
+class Label(Rule):
+    """The generator's label of this token, or with ``"next ..."`` of the token after it, has this name.
 
     A part of a dotted name counts: ``"citation"`` holds at ``"citation.year"``.
     """
@@ -124,14 +124,14 @@ class Latent(Rule):
 
     def _holds(self, text: Words) -> Hits:
         wanted = self.name.removeprefix("next ")
-        known = {label: wanted == label or wanted in label.split(".") for label in np.unique(text.latents.astype(str))}
+        known = {label: wanted == label or wanted in label.split(".") for label in np.unique(text.labels.astype(str))}
         if not any(known.values()):
-            raise ValueError(f"the text has no latent {wanted!r}: it has {', '.join(sorted(known))}")
-        there = np.vectorize(known.get, otypes=[bool])(text.latents.astype(str))
+            raise ValueError(f"the text has no label {wanted!r}: it has {', '.join(sorted(known))}")
+        there = np.vectorize(known.get, otypes=[bool])(text.labels.astype(str))
         return _shifted(there, 1) if self.name.startswith("next ") else there
 
     def __str__(self) -> str:
-        return f"latent: {self.name}"
+        return f"label: {self.name}"
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,14 @@ def parse(line: str) -> Rule:
 def _clause(clause: str) -> Rule:
     if clause.lstrip().startswith("!"):
         return ~_clause(clause.lstrip()[1:])
-    match = re.match(r"\s*(tokens|before|regex|latent)(?:@([+-]?\d+)| (\d+))?: (.+)", clause, re.DOTALL)
+    match = re.match(r"\s*(tokens|before|regex|label|label)(?:@([+-]?\d+)| (\d+))?: (.+)", clause, re.DOTALL)
     kind, offset, within, body = match.groups() if match else (None,) * 4
     if kind == "tokens" and not within:
         return Tokens(*body.split("|"), offset=int(offset or 0))
     if kind == "before" and within:
         return Before(int(within), *body.split("|"))
-    if kind in ("regex", "latent") and not (offset or within):
-        return Regex(body) if kind == "regex" else Latent(body.strip())
+    if kind in ("regex", "label", "label") and not (offset or within):
+        return Regex(body) if kind == "regex" else Label(body.strip())
     raise ValueError(f"{clause!r} is no clause of a rule; clauses look like this: {GRAMMAR}")
 
 

@@ -1,4 +1,4 @@
-"""Chronicle prose: an English-like corpus made by rules, with the latent behind every token.
+"""Chronicle prose: an English-like corpus made by rules, with the label behind every token.
 
 The names below are its face; `grammar` has the templates, `words` the vocabulary, `generate` the documents.
 `tclib.text.chronicle` makes rows of tokens of it.

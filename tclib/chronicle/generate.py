@@ -1,7 +1,7 @@
 """Chronicle documents: fluent invented history in which the cause of every word is known.
 
-A document is a sequence of pieces; each piece is a stretch of text with the latent that produced it, for example
-``("17", "span.end.century")``. Text that no latent explains carries ``"plain"``.
+A document is a sequence of pieces; each piece is a stretch of text with the label that produced it, for example
+``("17", "span.end.century")``. Text that no label explains carries ``"plain"``.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text and the latent that produced it."""
+    """A stretch of text and the label that produced it."""
 
     text: str
-    latent: str
+    label: str
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Document:
     def text(self) -> str:
         return "".join(piece.text for piece in self.pieces)
 
-    def latents(self, ends: list[int]) -> list[str]:
-        """The latent of the piece holding the last character of each token, given the tokens' end offsets."""
+    def labels(self, ends: list[int]) -> list[str]:
+        """The label of the piece holding the last character of each token, given the tokens' end offsets."""
         labels, index, stop = [], 0, len(self.pieces[0].text)
         for end in ends:
             while stop < end:
                 index += 1
                 stop += len(self.pieces[index].text)
-            labels.append(self.pieces[index].latent)
+            labels.append(self.pieces[index].label)
         return labels
 
 
@@ -131,10 +131,10 @@ class _Scribe:
     def _backward(self) -> list[Piece]:
         return self._lasting("backward", grammar.BACKWARD[self.split])
 
-    def _lasting(self, latent: str, templates: tuple[str, ...]) -> list[Piece]:
+    def _lasting(self, label: str, templates: tuple[str, ...]) -> list[Piece]:
         noun = self.rng.choice(self.nouns)
         start, end = span(self.rng, words.MEAN_DURATION[noun], self._some_century())
-        return self._fill(self.rng.choice(templates), latent, noun=noun, start=start, end=end)
+        return self._fill(self.rng.choice(templates), label, noun=noun, start=start, end=end)
 
     def _life(self) -> list[Piece]:
         century, end = self._some_century(), 0
@@ -167,10 +167,10 @@ class _Scribe:
     def _some_century(self) -> int:
         return self.century if self.rng.random() < 0.6 else self.rng.choice(CENTURIES)
 
-    def _year(self, year: int, latent: str) -> list[Piece]:
+    def _year(self, year: int, label: str) -> list[Piece]:
         return [
-            Piece(f"{year // 100}", f"{latent}.century"),
-            Piece(f"{year % 100:02d}", f"{latent}.year"),
+            Piece(f"{year // 100}", f"{label}.century"),
+            Piece(f"{year % 100:02d}", f"{label}.year"),
         ]
 
     def _sources(self) -> list[Piece]:
@@ -184,19 +184,19 @@ class _Scribe:
             pieces += [Piece(" ", "plain"), *self._year(year, "citation")]
         return pieces
 
-    def _fill(self, template: str, latent: str, noun: str = "", **years: int) -> list[Piece]:
+    def _fill(self, template: str, label: str, noun: str = "", **years: int) -> list[Piece]:
         pieces: list[Piece] = []
         for index, part in enumerate(_SLOT.split(template)):
             if index % 2 == 0:
                 pieces += [Piece(part, "plain")] if part else []
             elif part in years:
-                pieces += self._year(years[part], latent if part == "year" else f"{latent}.{part}")
+                pieces += self._year(years[part], label if part == "year" else f"{label}.{part}")
             elif part == "sources":
                 pieces += self._sources()
             elif part == "verb":
-                pieces.append(Piece(self.rng.choice(words.VERBS), latent))
+                pieces.append(Piece(self.rng.choice(words.VERBS), label))
             elif part == "noun":
-                pieces.append(Piece(noun or self._word("noun"), f"{latent}.noun"))
+                pieces.append(Piece(noun or self._word("noun"), f"{label}.noun"))
             else:
                 pieces.append(Piece(self._word(part), part))
         return _capitalised(pieces)
@@ -225,7 +225,7 @@ class _Scribe:
 
 def _capitalised(pieces: list[Piece]) -> list[Piece]:
     first = pieces[0]
-    return [Piece(first.text[:1].upper() + first.text[1:], first.latent), *pieces[1:]]
+    return [Piece(first.text[:1].upper() + first.text[1:], first.label), *pieces[1:]]
 
 
 _LISTS: dict[str, tuple[str, ...]] = {

@@ -1,7 +1,7 @@
-"""Templates of the chronicle: what one sentence can say, and which latent produced each piece of it.
+"""Templates of the chronicle: what one sentence can say, and which label produced each piece of it.
 
 A template is a string with slots in braces. ``{start}`` and ``{end}`` are years, written as a century piece and a
-two-digit piece, so that the tokens of "1732" carry the latents ``span.start.century`` and ``span.start.year``.
+two-digit piece, so that the tokens of "1732" carry the labels ``span.start.century`` and ``span.start.year``.
 ``{a|b|c}`` picks one of the alternatives. All other slots name a field of the document (place, person, noun ...).
 """
 

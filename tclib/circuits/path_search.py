@@ -44,7 +44,7 @@ class Path:
 
 
 @dataclass(frozen=True)
-class Only:
+class PathFilter:
     """Which paths are wanted, by predicates on nodes.
 
     ``first`` are asked about the nodes next to the target, in order; ``last`` about the final nodes, in the path's
@@ -78,7 +78,7 @@ def _matches(predicates: Sequence[Predicate], nodes: Sequence[Node]) -> bool:
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchResult:
     """The paths found, largest |contribution| first, and an account of everything else.
 
     ``remainder`` is the signed sum of all that is not listed: the target minus the listed paths. ``absolute`` is the
@@ -114,10 +114,10 @@ def best_first(
     target: Target,
     threshold: float,
     max_length: int | None = None,
-    only: Only | None = None,
+    only: PathFilter | None = None,
     limit: int | None = None,
     bounds: Bounds | None = None,
-) -> Search:
+) -> SearchResult:
     """Every path whose |contribution| is at least ``threshold``, found without following what cannot reach it.
 
     Args:
@@ -137,16 +137,16 @@ def best_first(
 
 @torch.no_grad()
 def searching(
-    graph: PromptGraph, target: Target, threshold: float, max_length: int | None = None, only: Only | None = None,
+    graph: PromptGraph, target: Target, threshold: float, max_length: int | None = None, only: PathFilter | None = None,
     limit: int | None = None, bounds: Bounds | None = None,
-) -> Generator[float, None, Search]:  # fmt: skip
+) -> Generator[float, None, SearchResult]:  # fmt: skip
     """`best_first` in turns, to be shown or stopped: yields shares of the bounds, then of ``limit``, that are done."""
     warned, limit = limit is None, LIMIT if limit is None else limit
     if not threshold >= 0 or (max_length is not None and max_length < 1) or limit < 1:
         raise ValueError(
             f"threshold {threshold} must be 0 or more, max_length {max_length} and limit {limit} at least 1"
         )
-    only, bounds = only or Only(), bounds or (yield from bounding(graph, max_length is not None))
+    only, bounds = only or PathFilter(), bounds or (yield from bounding(graph, max_length is not None))
     listed: list[Path] = []
     left: list[Tensor] = []  # contributions that are not followed or listed
     heap: list[tuple[float, int, _Open]] = []
@@ -203,7 +203,7 @@ def searching(
         )
     listed.sort(key=lambda path: -abs(path.contribution))
     value = target.value(graph.trace)
-    return Search(target.name, value, listed, rest.sum().item(), rest.abs().sum().item(), guarantee, expanded)
+    return SearchResult(target.name, value, listed, rest.sum().item(), rest.abs().sum().item(), guarantee, expanded)
 
 
 def _follow(graph: PromptGraph, batch: Sequence[_Open]) -> States:
@@ -221,7 +221,7 @@ def greedy(
     branches: int = 15,
     cap: bool = False,
     bos: bool = False,
-    only: Only | None = None,
+    only: PathFilter | None = None,
 ) -> list[list[Path]]:
     """The search of the paper's public code: at every depth, the ``branches`` largest (most positive) extensions.
 
@@ -242,7 +242,7 @@ def greedy(
     """
     if steps < 1 or branches < 1:
         raise ValueError(f"{steps} steps and {branches} branches: both must be at least 1")
-    only, states, paths = only or Only(), graph.root(target), [Path((), target.value(graph.trace), ())]
+    only, states, paths = only or PathFilter(), graph.root(target), [Path((), target.value(graph.trace), ())]
     caps = [max(paths[0].contribution, 0.0) if cap and target.place == "mlp_in" else float("inf")]
     kept = []
     for depth in range(steps):

@@ -2,7 +2,7 @@
 
 Prediction is linear, from weights: (new - old activation) times what reaches the target. Measurement runs the model
 with (new - old) * f_dec added to the MLP's output, so that the transcoder's error stays. With patterns, scales and
-MLP outputs held the two are the same number; what is left free is what attribution froze.
+MLP outputs frozen the two are the same number; what is left free is what attribution froze.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ ROWS = 64  # edits in one pass of the model
 
 
 def compare(
-    trace: Trace, edits: pd.DataFrame, targets: Sequence[Target], held: Sequence[interventions.Held] = ()
+    trace: Trace, edits: pd.DataFrame, targets: Sequence[Target], frozen: Sequence[interventions.Frozen] = ()
 ) -> pd.DataFrame:
     """Predicted and measured change of every target by every edit, one edit at a time.
 
     Args:
         edits: ``layer``, ``position``, ``feature`` and, unless features are to be removed, ``new``: what to set.
-        held: what must not answer the edit, see `tclib.interventions.hold`. With patterns, scales and MLPs held,
-            predicted equals measured: along all attention paths, or on the direct path alone if values are held too.
+        frozen: what must not answer the edit, see `tclib.interventions.freeze`. With patterns, scales and MLPs frozen,
+            predicted equals measured: along all attention paths, or on the direct path alone if values are frozen too.
 
     Returns:
         One row per edit and target it can reach: ``layer``, ``position``, ``feature``, ``target``, ``predicted``,
@@ -41,21 +41,21 @@ def compare(
 
     Raises:
         ValueError: no such layer, position or feature; an edit of a silent feature (no table has a row for it); MLPs
-            held but values free with skip transcoders, whose skip paths are part of the prediction.
+            frozen but values free with skip transcoders, whose skip paths are part of the prediction.
     """
     skips = any(t.W_skip is not None for t in trace.transcoders.values())
-    if skips and "mlps" in held and "values" not in held:
+    if skips and "mlps" in frozen and "values" not in frozen:
         raise ValueError(
-            "the prediction runs through skip paths, which held MLPs cut: hold values too, or free the MLPs"
+            "the prediction runs through skip paths, which frozen MLPs cut: freeze values too, or free the MLPs"
         )
-    measured = measure(trace, edits, targets, held)
-    predicted = predict(trace, edits, targets, direct="values" in held)
+    measured = measure(trace, edits, targets, frozen)
+    predicted = predict(trace, edits, targets, direct="values" in frozen)
     rows = [
         {"layer": e.layer, "position": e.position, "feature": e.feature, "target": t.name}
         | {"predicted": predicted[i, k].item(), "measured": measured[i, k].item()}
         for i, e in enumerate(_checked(trace, edits).itertuples())
         for k, t in enumerate(targets)
-        if e.layer < t.layer and e.position <= t.position and (e.position == t.position or "values" not in held)
+        if e.layer < t.layer and e.position <= t.position and (e.position == t.position or "values" not in frozen)
     ]
     return pd.DataFrame(rows, columns=["layer", "position", "feature", "target", "predicted", "measured"])
 
@@ -96,7 +96,7 @@ def _written(trace: Trace, layer: int, position: int, feature: int) -> Float[Ten
 
 @torch.no_grad()
 def measure(
-    trace: Trace, edits: pd.DataFrame, targets: Sequence[Target], held: Sequence[interventions.Held] = ()
+    trace: Trace, edits: pd.DataFrame, targets: Sequence[Target], frozen: Sequence[interventions.Frozen] = ()
 ) -> Float[Tensor, "edit target"]:
     """How much each target changes in the model; the model is as it was afterwards, also after an error."""
     edits = _checked(trace, edits)
@@ -107,7 +107,7 @@ def measure(
     out = change.new_zeros(len(edits), len(targets))
     for start in range(0, len(edits), ROWS):
         part = edits.iloc[start : start + ROWS]
-        hooks = interventions.hold(trace.cache, held) + _edit(trace, part, change[start : start + ROWS])
+        hooks = interventions.freeze(trace.cache, frozen) + _edit(trace, part, change[start : start + ROWS])
         with interventions.edited(trace.model, hooks):
             _, cache = trace.model.run_with_cache(trace.tokens.expand(len(part), -1), names_filter=needed.__contains__)
         for row in range(len(part)):

@@ -1,7 +1,7 @@
 """How good a transcoder is: metrics, intervals, fair comparisons, ground truth, and how much a seed changes.
 
 The functions below measure. Import modules for the rest: `stats` (bootstrap and intervals), `fronts` (equal L0),
-`baselines` (neurons, random directions), `ground_truth` (the generator's latents), `matching` (two trainings).
+`baselines` (neurons, random directions), `ground_truth` (the generator's labels), `matching` (two trainings).
 """
 
 from tclib.evaluation.faithfulness import cross_entropy, faithfulness
@@ -12,10 +12,10 @@ from tclib.evaluation.metrics import (
     check,
     cumulative,
     evaluate,
-    in_place,
     measure,
     reconstruction,
     replacement,
+    replacement_hooks,
 )
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "cumulative",
     "evaluate",
     "faithfulness",
-    "in_place",
+    "replacement_hooks",
     "measure",
     "reconstruction",
     "replacement",

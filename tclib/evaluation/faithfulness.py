@@ -42,7 +42,7 @@ def faithfulness(
     swaps = {"original": [], **interventions}
     for rows in tokens.split(batch_size):
         rows = rows.to(model.cfg.device)
-        compare(model, rows, model(rows), swaps, bootstrap_weights(len(rows), replicates, draw), sums)
+        accumulate(model, rows, model(rows), swaps, bootstrap_weights(len(rows), replicates, draw), sums)
     tables = []
     for name in swaps:
         columns = {metric: sums[name].mean(metric) for metric in ("ce", "kl", "top1")}
@@ -66,7 +66,7 @@ def check_text(model: TransformerBridge, tokens: Int[Tensor, "row pos"]) -> Int[
     return tokens
 
 
-def compare(model: TransformerBridge, rows: Tensor, logits: Tensor, swaps: Mapping, weights: Tensor, sums) -> None:
+def accumulate(model: TransformerBridge, rows: Tensor, logits: Tensor, swaps: Mapping, weights: Tensor, sums) -> None:
     """Add CE, KL and top-1 agreement of one batch under each intervention."""
     targets, log_p = rows[:, 1:, None], logits[:, :-1].log_softmax(-1)
     keep, best = words(model, targets[..., 0]), log_p.argmax(-1)

@@ -1,6 +1,6 @@
-"""Ground truth: how well single units stand for the latents that made the text.
+"""Ground truth: how well single units stand for the labels that made the text.
 
-A *unit* is a feature, a neuron or a direction; a *latent* is true or false of each token. For each unit the latent and
+A *unit* is a feature, a neuron or a direction; a *label* is true or false of each token. For each unit the label and
 the threshold with the highest F1 are chosen on one split, and everything is scored on another. Selectivity is that of
 Morcos et al. 2018; splitting and absorption follow Chanin et al. 2024, with units in place of probes.
 """
@@ -16,39 +16,39 @@ from jaxtyping import Bool, Float, Int
 from tclib.text import LabelledText
 
 Units = Float[np.ndarray, "token unit"]
-Truth = Bool[np.ndarray, "token latent"]
+Truth = Bool[np.ndarray, "token label"]
 
 LEVELS = 256  # thresholds tried per unit: all its distinct activations, or this many quantiles of them
-COVERED = 0.5  # a latent is covered if one unit reaches this F1
-PRECISE = 0.8  # a unit is devoted to a latent if this share of its firing is on it ...
-SEEN = 0.05  # ... and it fires on this share of the latent's tokens
+COVERED = 0.5  # a label is covered if one unit reaches this F1
+PRECISE = 0.8  # a unit is devoted to a label if this share of its firing is on it ...
+SEEN = 0.05  # ... and it fires on this share of the label's tokens
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One row per unit and one per latent; all numbers but the choices are of the second split."""
+    """One row per unit and one per label; all numbers but the choices are of the second split."""
 
-    units: pd.DataFrame  # unit, latent, threshold, auroc, f1, precision, recall, selectivity
-    latents: pd.DataFrame  # latent, tokens, unit, f1, auroc, covered, devoted, split, absorbed
+    units: pd.DataFrame  # unit, label, threshold, auroc, f1, precision, recall, selectivity
+    labels: pd.DataFrame  # label, tokens, unit, f1, auroc, covered, devoted, split, absorbed
 
     def summary(self) -> pd.Series:
-        """Means over latents (``f1`` and ``auroc`` of the best unit, shares ``covered`` ...) and medians over units."""
-        means = self.latents[["f1", "auroc", "covered", "split", "absorbed"]].astype(float).mean()
+        """Means over labels (``f1`` and ``auroc`` of the best unit, shares ``covered`` ...) and medians over units."""
+        means = self.labels[["f1", "auroc", "covered", "split", "absorbed"]].astype(float).mean()
         medians = self.units[["f1", "auroc", "selectivity"]].median().add_prefix("unit_")
         return pd.concat([means, medians])
 
 
 def truth(text: LabelledText, least: int = 20, bos: bool = False) -> pd.DataFrame:
-    """Which latents hold at each token, BOS left out: its own, and as ``"next ..."`` that of the token after it.
+    """Which labels hold at each token, BOS left out: its own, and as ``"next ..."`` that of the token after it.
 
-    A late MLP prepares the next token, so both are what a feature may stand for. Parts of dotted names are latents
-    too: ``"any year"`` holds at ``"span.end.year"`` and ``"life.end.year"``. Latents with fewer than ``least`` tokens,
-    and the ``"plain"`` of text that no latent explains, are left out.
+    A late MLP prepares the next token, so both are what a feature may stand for. Parts of dotted names are labels
+    too: ``"any year"`` holds at ``"span.end.year"`` and ``"life.end.year"``. Labels with fewer than ``least`` tokens,
+    and the ``"plain"`` of text that no label explains, are left out.
 
     Returns:
-        A boolean table, one row per token in reading order, one column per latent.
+        A boolean table, one row per token in reading order, one column per label.
     """
-    labels = text.latents
+    labels = text.labels
     follow = np.concatenate([labels[:, 1:], np.full((len(labels), 1), "bos", dtype=object)], axis=1)
     keep = np.ones(labels.shape, bool) if bos else labels != "bos"
     table = pd.concat([_indicators(labels[keep]), _indicators(follow[keep]).add_prefix("next ")], axis=1)
@@ -56,42 +56,42 @@ def truth(text: LabelledText, least: int = 20, bos: bool = False) -> pd.DataFram
 
 
 def score(choose: Units, choose_truth: pd.DataFrame, test: Units, test_truth: pd.DataFrame) -> Scored:
-    """Score units against latents: choices on the first split, numbers on the second.
+    """Score units against labels: choices on the first split, numbers on the second.
 
     Args:
-        choose, test: activations; a unit that never varies gets no latent.
-        choose_truth, test_truth: tables of `truth`; latents that one of them lacks are left out.
+        choose, test: activations; a unit that never varies gets no label.
+        choose_truth, test_truth: tables of `truth`; labels that one of them lacks are left out.
 
     Raises:
-        ValueError: lengths that differ, NaN, or no latent in common.
+        ValueError: lengths that differ, NaN, or no label in common.
     """
     names = [name for name in choose_truth if name in test_truth]
     for split, (units, labels) in {"first": (choose, choose_truth), "second": (test, test_truth)}.items():
         if len(units) != len(labels):
-            raise ValueError(f"the {split} split has {len(units)} tokens of activations but {len(labels)} of latents")
+            raise ValueError(f"the {split} split has {len(units)} tokens of activations but {len(labels)} of labels")
         if not np.isfinite(units).all():
             raise ValueError(f"activations of the {split} split hold NaN or infinity")
     if not names or choose.shape[1] != test.shape[1]:
-        raise ValueError("the two splits share no latent, or have different numbers of units")
+        raise ValueError("the two splits share no label, or have different numbers of units")
     there = test_truth[names].to_numpy()
     f1, thresholds = best_f1(choose, choose_truth[names].to_numpy())
     chosen = f1.argmax(1)
     threshold = thresholds[np.arange(len(f1)), chosen]
     fires = test >= threshold
     units = _score_units(test, there, chosen, fires)
-    units.insert(1, "latent", np.where(f1.max(1) > 0, np.array(names, dtype=object)[chosen], None))
+    units.insert(1, "label", np.where(f1.max(1) > 0, np.array(names, dtype=object)[chosen], None))
     units.insert(2, "threshold", threshold)
-    return Scored(units, _score_latents(names, there, f1, thresholds, test, units, fires))
+    return Scored(units, _score_labels(names, there, f1, thresholds, test, units, fires))
 
 
-def best_f1(units: Units, latents: Truth) -> tuple[Float[np.ndarray, "unit latent"], Float[np.ndarray, "unit latent"]]:
-    """For each unit and latent the highest F1 = 2 TP / (2 TP + FP + FN) of ``unit >= threshold``, and the threshold.
+def best_f1(units: Units, labels: Truth) -> tuple[Float[np.ndarray, "unit label"], Float[np.ndarray, "unit label"]]:
+    """For each unit and label the highest F1 = 2 TP / (2 TP + FP + FN) of ``unit >= threshold``, and the threshold.
 
     Thresholds lie above the unit's smallest value, so that for a feature "not firing" is never a prediction.
     """
-    where = np.nonzero(latents)
-    total = latents.sum(0)
-    f1 = np.zeros((units.shape[1], latents.shape[1]))
+    where = np.nonzero(labels)
+    total = labels.sum(0)
+    f1 = np.zeros((units.shape[1], labels.shape[1]))
     at = np.full(f1.shape, np.inf)
     for unit, values in enumerate(units.T):
         edges = _edges(values)
@@ -99,7 +99,7 @@ def best_f1(units: Units, latents: Truth) -> tuple[Float[np.ndarray, "unit laten
             continue
         level = np.searchsorted(edges, values, side="right")  # 0: below every threshold
         hits = np.bincount(level[where[0]] * len(total) + where[1], minlength=(len(edges) + 1) * len(total))
-        hits = hits.reshape(len(edges) + 1, -1)[:0:-1].cumsum(0)[::-1]  # [edge, latent] true positives
+        hits = hits.reshape(len(edges) + 1, -1)[:0:-1].cumsum(0)[::-1]  # [edge, label] true positives
         fired = np.bincount(level, minlength=len(edges) + 1)[:0:-1].cumsum()[::-1]
         scores = 2 * hits / (fired[:, None] + total)
         best = scores.argmax(0)
@@ -109,7 +109,7 @@ def best_f1(units: Units, latents: Truth) -> tuple[Float[np.ndarray, "unit laten
 
 
 def auroc(values: Float[np.ndarray, " token"], positive: Bool[np.ndarray, " token"]) -> float:
-    """P(a token with the latent scores above one without), ties counted half; NaN if there are none of either."""
+    """P(a token with the label scores above one without), ties counted half; NaN if there are none of either."""
     n, m = int(positive.sum()), int((~positive).sum())
     if not n or not m:
         return float("nan")
@@ -136,10 +136,10 @@ def _edges(values: np.ndarray) -> np.ndarray:
     return np.unique(active[np.linspace(0, len(active) - 1, LEVELS).astype(int)])
 
 
-def _score_units(units: Units, latents: Truth, chosen: Int[np.ndarray, " unit"], fires: Truth) -> pd.DataFrame:
+def _score_units(units: Units, labels: Truth, chosen: Int[np.ndarray, " unit"], fires: Truth) -> pd.DataFrame:
     records = []
-    for unit, latent in enumerate(chosen):
-        on, fired, values = latents[:, latent], fires[:, unit], units[:, unit]
+    for unit, label in enumerate(chosen):
+        on, fired, values = labels[:, label], fires[:, unit], units[:, unit]
         hits = int((on & fired).sum())
         # Measured from the unit's floor, which is 0 for a feature and below 0 for a neuron.
         inside, outside = (values[side].mean() - values.min() if side.any() else 0.0 for side in (on, ~on))
@@ -156,22 +156,22 @@ def _score_units(units: Units, latents: Truth, chosen: Int[np.ndarray, " unit"],
     return pd.DataFrame(records)
 
 
-def _score_latents(
+def _score_labels(
     names: list[str],
-    latents: Truth,
+    labels: Truth,
     f1: np.ndarray,
     thresholds: np.ndarray,
     test: Units,
     units: pd.DataFrame,
     fires: Truth,
 ) -> pd.DataFrame:
-    """For each latent its best unit of the first split, and what other units take from it."""
+    """For each label its best unit of the first split, and what other units take from it."""
     records = []
     for index, name in enumerate(names):
-        on, main = latents[:, index], int(f1[:, index].argmax())
+        on, main = labels[:, index], int(f1[:, index].argmax())
         fired = test[:, main] >= thresholds[main, index]
         hits = int((on & fired).sum())
-        devoted = (units["latent"] == name) & (units["precision"] >= PRECISE) & (units["recall"] >= SEEN)
+        devoted = (units["label"] == name) & (units["precision"] >= PRECISE) & (units["recall"] >= SEEN)
         others = devoted.to_numpy().copy()
         others[main] = False
         # Silent where it should speak, while a unit that speaks of little else does.
@@ -181,7 +181,7 @@ def _score_latents(
         largest = units.loc[devoted, "recall"].max() if devoted.any() else 0.0
         records.append(
             {
-                "latent": name,
+                "label": name,
                 "tokens": int(on.sum()),
                 "unit": main,
                 "f1": main_f1,

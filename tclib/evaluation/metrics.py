@@ -29,7 +29,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import forward, hook_in, our_name
-from tclib.evaluation.faithfulness import check_text, compare, numbered
+from tclib.evaluation.faithfulness import accumulate, check_text, numbered
 from tclib.evaluation.stats import Sums, bootstrap_weights
 from tclib.inputs import check_layers, words
 from tclib.interventions import Hook, ablate_mlp, reencode_input, replace_mlp
@@ -93,7 +93,7 @@ def measure(
             config = transcoders[layer].config
             fit.add(weights, keep, cache[config.hook_in], cache[config.hook_out])
         if groups:
-            compare(model, rows, logits, swaps, weights, faith)
+            accumulate(model, rows, logits, swaps, weights, faith)
     return Measured(
         numbered([fit.table().assign(layer=layer) for layer, fit in fits.items()], replicates),
         numbered([_group_table(faith, name) for name in groups], replicates),
@@ -146,7 +146,7 @@ def cumulative(layers: Mapping[int, Transcoder] | Sequence[int]) -> dict[int | s
     return {**{layer: [layer] for layer in layers}, **upto, "all": layers}
 
 
-def in_place(layer: int, dictionary: Transcoder) -> list[Hook]:
+def replacement_hooks(layer: int, dictionary: Transcoder) -> list[Hook]:
     """Hooks that put a transcoder, or an SAE of either side, where it belongs (paper, section 3.2)."""
     reads, writes = (our_name(hook) for hook in (dictionary.config.hook_in, dictionary.config.hook_out))
     is_sae_of_input = reads == writes == hook_in(layer)
@@ -235,7 +235,7 @@ def _positions(layer: int, fit: _Fit, faith: Mapping) -> pd.DataFrame:
 def _swaps(transcoders: Mapping[int, Transcoder], groups: Groups, means: Mapping[int, Tensor]) -> dict:
     swaps: dict = {("ce", "original"): []}
     for name, layers in groups.items():
-        swaps["ce_replaced", name] = [h for layer in layers for h in in_place(layer, transcoders[layer])]
+        swaps["ce_replaced", name] = [h for layer in layers for h in replacement_hooks(layer, transcoders[layer])]
         swaps["ce_zero", name] = [h for layer in layers for h in ablate_mlp(layer)]
         swaps["ce_mean", name] = [h for layer in layers for h in ablate_mlp(layer, means[layer])]
     return swaps

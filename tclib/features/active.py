@@ -27,7 +27,7 @@ class Pairs:
     values: Float16[np.ndarray, " pair"]
 
 
-class Finder:
+class ActiveFinder:
     """Finds all z > 0 of a batch.
 
     Large encoders are screened on processors that have bfloat16: a product in int8 or bfloat16 that misses no active

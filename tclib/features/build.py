@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib.activations import norm_after
 from tclib.blocks import Block
 from tclib.evaluation.metrics import check
-from tclib.features.active import Finder
+from tclib.features.active import ActiveFinder
 from tclib.features.index import DTYPES, FLAT, FORMAT, ArrayFile, Index, blocks, fingerprint, finish, new_folder
 from tclib.inputs import bos_id, words
 from tclib.interventions import edited
@@ -65,7 +65,7 @@ def build_index(
         return index
     work = folder.with_name(folder.name + ".part")
     work.mkdir(parents=True, exist_ok=True)
-    finders = {layer: Finder(transcoder) for layer, transcoder in sorted(transcoders.items())}
+    finders = {layer: ActiveFinder(transcoder) for layer, transcoder in sorted(transcoders.items())}
     step = BATCH_ROWS * max(1, PART_TOKENS // (BATCH_ROWS * tokens.shape[1]))
     parts = []
     for first in range(start, stop, step):
@@ -145,7 +145,7 @@ def _joined(parts: Sequence[Index], layer: int, begin: int, end: int) -> dict[st
     return joined
 
 
-def _write_part(model, finders: Mapping[int, Finder], rows: Tensor, about: dict, folder: Path) -> None:
+def _write_part(model, finders: Mapping[int, ActiveFinder], rows: Tensor, about: dict, folder: Path) -> None:
     collected = {layer: defaultdict(list) for layer in finders}
     for start in range(0, len(rows), BATCH_ROWS):
         found = active_pairs(model, finders, rows[start : start + BATCH_ROWS], about["rows"][0] + start)
@@ -169,7 +169,7 @@ def _write_part(model, finders: Mapping[int, Finder], rows: Tensor, about: dict,
 
 @torch.no_grad()
 def active_pairs(
-    model: TransformerBridge, finders: Mapping[int, Finder], rows: Int[Tensor, "row pos"], first_row: int
+    model: TransformerBridge, finders: Mapping[int, ActiveFinder], rows: Int[Tensor, "row pos"], first_row: int
 ) -> dict[int, dict[str, np.ndarray]]:
     """By layer: ``features``, ``positions`` and ``values`` of a batch's active pairs, and the LayerNorm's ``scale``."""
     rows = rows.to(model.cfg.device)

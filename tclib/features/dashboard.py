@@ -52,7 +52,7 @@ class Dashboard:
     incoming: pd.DataFrame  # layer, feature, input_invariant, input_x_gradient, target_weighted
     outgoing: pd.DataFrame  # the same
     heads: pd.DataFrame  # [layer, head]: length of what the feature reads through a head's OV, relative to direct
-    latents: pd.DataFrame | None  # latent, precision, recall, f1
+    labels: pd.DataFrame | None  # label, precision, recall, f1
     similar: pd.DataFrame  # feature, cosine of decoder rows
     link: str | None
 
@@ -73,7 +73,7 @@ def collect(
     """Everything about one feature. No forward pass over text is run: an index holds it.
 
     Args:
-        truth: the latents of the index's text (`tclib.evaluation.ground_truth.truth`), if it is labelled.
+        truth: the labels of the index's text (`tclib.evaluation.ground_truth.truth`), if it is labelled.
         strongest: examples of the largest activations.
         bands, each: quantile bands, and examples drawn from each with ``seed``.
 
@@ -101,7 +101,7 @@ def collect(
         incoming=connect.incoming(index, transcoders, layer, feature),
         outgoing=connect.outgoing(index, transcoders, layer, feature),
         heads=_heads(traced, target),
-        latents=search.latents_of(index, layer, feature, truth) if truth is not None and fired else None,
+        labels=search.labels_of(index, layer, feature, truth) if truth is not None and fired else None,
         similar=search.by_similarity(transcoders[layer], feature, 5),
         link=neuronpedia(transcoders[layer].config, layer, feature),
     )

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.features.active import CHUNK, Finder
+from tclib.features.active import CHUNK, ActiveFinder
 from tclib.features.build import BATCH_ROWS, MERGED_AT_ONCE, PART_TOKENS, active_pairs, check_input
 from tclib.features.index import DTYPES
 from tclib.training.fast.int8 import ROOM
@@ -42,7 +42,7 @@ def plan(model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens
     """
     tokens = check_input(model, transcoders, tokens)
     spread = torch.linspace(0, len(tokens) - 1, min(BATCH_ROWS, len(tokens))).long().unique()
-    finders = {layer: Finder(t) for layer, t in transcoders.items()}
+    finders = {layer: ActiveFinder(t) for layer, t in transcoders.items()}
     found = active_pairs(model, finders, tokens[spread], 0)
     share = len(tokens) / len(spread)
     activations = {layer: round(len(pairs["values"]) * share) for layer, pairs in found.items()}

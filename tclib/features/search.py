@@ -1,4 +1,4 @@
-"""Features that fit a wish: by token, latent, frequency, similarity or company. Pure functions that return tables.
+"""Features that fit a wish: by token, label, frequency, similarity or company. Pure functions that return tables.
 
 All but `by_similarity` look through every activation of a layer once: milliseconds per million.
 """
@@ -51,13 +51,13 @@ def by_token(index: Index, layer: int, token: int, k: int = 20) -> pd.DataFrame:
     return by_positions(index, layer, on, k)
 
 
-def by_latent(index: Index, layer: int, latent: Bool[np.ndarray, " token"], k: int = 20) -> pd.DataFrame:
-    """Which features stand for a latent: a column of the text's `ground_truth.truth`; as `by_positions`.
+def by_label(index: Index, layer: int, label: Bool[np.ndarray, " token"], k: int = 20) -> pd.DataFrame:
+    """Which features stand for a label: a column of the text's `ground_truth.truth`; as `by_positions`.
 
     Raises:
         ValueError: the column belongs to another text.
     """
-    return by_positions(index, layer, spread(index, np.asarray(latent)), k)
+    return by_positions(index, layer, spread(index, np.asarray(label)), k)
 
 
 def by_positions(index: Index, layer: int, on: Bool[np.ndarray, " row*pos"], k: int = 20) -> pd.DataFrame:
@@ -77,14 +77,14 @@ def by_positions(index: Index, layer: int, on: Bool[np.ndarray, " row*pos"], k: 
     return table.sort_values("f1", ascending=False, kind="stable", ignore_index=True).head(k)
 
 
-def latents_of(index: Index, layer: int, feature: int, truth: pd.DataFrame, k: int = 5) -> pd.DataFrame:
-    """Which latents a feature stands for, taking "it fires" as the prediction.
+def labels_of(index: Index, layer: int, feature: int, truth: pd.DataFrame, k: int = 5) -> pd.DataFrame:
+    """Which labels a feature stands for, taking "it fires" as the prediction.
 
     Args:
         truth: of the same text, by `tclib.evaluation.ground_truth.truth`.
 
     Returns:
-        ``latent``, ``precision``, ``recall``, ``f1``; best F1 first.
+        ``label``, ``precision``, ``recall``, ``f1``; best F1 first.
 
     Raises:
         ValueError: a table of another text.
@@ -94,22 +94,22 @@ def latents_of(index: Index, layer: int, feature: int, truth: pd.DataFrame, k: i
     positions, _ = index.entries(layer, feature)
     hits = truth.to_numpy()[index.rank[positions]].sum(0)
     sizes = truth.to_numpy().sum(0)
-    table = pd.DataFrame({"latent": list(truth), "precision": hits / len(positions), "recall": hits / sizes})
+    table = pd.DataFrame({"label": list(truth), "precision": hits / len(positions), "recall": hits / sizes})
     table["f1"] = 2 * hits / (len(positions) + sizes)
     return table.sort_values("f1", ascending=False, kind="stable", ignore_index=True).head(k)
 
 
-def best_latents(index: Index, layer: int, truth: pd.DataFrame) -> pd.DataFrame:
-    """`latents_of` for all features at once, the best only: ``feature``, ``latent`` (None if it has none), ``f1``."""
+def best_labels(index: Index, layer: int, truth: pd.DataFrame) -> pd.DataFrame:
+    """`labels_of` for all features at once, the best only: ``feature``, ``label`` (None if it has none), ``f1``."""
     _same_text(index, len(truth))
     counts = np.diff(index.layer_offsets(layer))
     best, name = np.zeros(len(counts)), np.full(len(counts), None, dtype=object)
-    for latent in truth:
-        on = truth[latent].to_numpy()
+    for label in truth:
+        on = truth[label].to_numpy()
         f1 = 2 * sums(index, layer, spread(index, on).astype(np.float32)) / np.maximum(counts + on.sum(), 1)
         better = f1 > best
-        best[better], name[better] = f1[better], latent
-    return pd.DataFrame({"feature": np.arange(len(counts)), "latent": name, "f1": best})
+        best[better], name[better] = f1[better], label
+    return pd.DataFrame({"feature": np.arange(len(counts)), "label": name, "f1": best})
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ STRONGEST, BANDS, EACH = 5, 5, 2  # examples kept of each feature
 
 @dataclass(frozen=True)
 class Summary:
-    """``features``: layer, feature, count, frequency, mean, max, token (the commonest it fires on), token_share, latent
+    """``features``: layer, feature, count, frequency, mean, max, token (the commonest it fires on), token_share, label
     (the one its firing predicts best, None without labels or firings), f1. ``examples``: layer, feature, band (0: the
     strongest; 1 to 5: quantile bands, strongest first), row, position, activation. ``tokens``: the text they are from.
     """
@@ -42,8 +42,8 @@ def summarise(index: Index, truth: pd.DataFrame | None = None, seed: int = 0) ->
     features, examples = [], []
     for layer in index.layers:
         table = search.statistics(index, layer).assign(layer=layer, token=-1, token_share=np.nan)
-        best = search.best_latents(index, layer, truth) if truth is not None else None
-        table["latent"] = best["latent"].to_numpy() if best is not None else None
+        best = search.best_labels(index, layer, truth) if truth is not None else None
+        table["label"] = best["label"].to_numpy() if best is not None else None
         table["f1"] = best["f1"].to_numpy() if best is not None else np.nan
         for feature in np.flatnonzero(table["count"]):
             (first,) = feature_activations.top_tokens(index, layer, feature, 1).itertuples()
@@ -53,7 +53,7 @@ def summarise(index: Index, truth: pd.DataFrame | None = None, seed: int = 0) ->
             examples.append(pd.concat([strongest, drawn]).assign(layer=layer, feature=feature))
         features.append(table)
     kept = ["layer", "feature", "band", "row", "position", "activation"]
-    order = ["layer", "feature", "count", "frequency", "mean", "max", "token", "token_share", "latent", "f1"]
+    order = ["layer", "feature", "count", "frequency", "mean", "max", "token", "token_share", "label", "f1"]
     about = {**index.about, "tokens": index.n_tokens}
     found = pd.concat(examples, ignore_index=True)[kept] if examples else pd.DataFrame(columns=kept)
     table = pd.concat(features, ignore_index=True)[order].astype({"token": int})
@@ -63,15 +63,15 @@ def summarise(index: Index, truth: pd.DataFrame | None = None, seed: int = 0) ->
 def save_summary(summary: Summary, path: str | Path) -> None:
     """One compressed .npz; numbers in 16 bits where that is enough."""
     f, e = summary.features, summary.examples
-    names = sorted(set(f["latent"].dropna()))
-    about = {**summary.about, "latents": names}
+    names = sorted(set(f["label"].dropna()))
+    about = {**summary.about, "labels": names}
     number = {name: i for i, name in enumerate(names)}
     arrays = {
         "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
         "tokens": summary.tokens,
         "count": f["count"].to_numpy(np.int32),
         "token": f["token"].to_numpy(np.int32),
-        "latent": f["latent"].map(number).fillna(-1).to_numpy(np.int16),
+        "label": f["label"].map(number).fillna(-1).to_numpy(np.int16),
         "examples": e.groupby(["layer", "feature"]).size().reindex(_of(f), fill_value=0).to_numpy(np.uint8),
         "band": e["band"].to_numpy(np.uint8),
         "place": (e["row"] * summary.tokens.shape[1] + e["position"]).to_numpy(np.int32),
@@ -111,7 +111,8 @@ def load_summary(
     f["count"], f["frequency"] = a["count"], a["count"] / about["tokens"]
     f["mean"], f["max"] = a["mean"].astype(np.float32), a["max"].astype(np.float32)
     f["token"], f["token_share"] = a["token"], a["token_share"].astype(np.float32)
-    f["latent"] = np.array([*about["latents"], None], dtype=object)[a["latent"]]
+    names = about.get("labels") or about.get("labels", [])  # older files call labels labels
+    f["label"] = np.array([*names, None], dtype=object)[a["label" if "label" in a else "label"]]
     f["f1"] = a["f1"].astype(np.float32)
     e = f.loc[np.repeat(np.arange(len(f)), a["examples"]), ["layer", "feature"]].reset_index(drop=True)
     e["band"] = a["band"]

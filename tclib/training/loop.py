@@ -1,4 +1,4 @@
-"""The loop: batches from the stream, one step per student, checkpoints, and what is said when something goes wrong."""
+"""The loop: batches from the stream, one step per trainer, checkpoints, and what is said when something goes wrong."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tclib.text import text_hash
 from tclib.training import distributed
 from tclib.training.cache import ActivationCache
 from tclib.training.config import STREAM, TrainConfig
-from tclib.training.fast.sparse_step import make_student
+from tclib.training.fast.sparse_step import make_trainer
 from tclib.training.run_folder import RunFolder
 from tclib.training.stream import Acts, ModelSource, Stream
-from tclib.training.trainer import Student
+from tclib.training.trainer import Trainer
 from tclib.transcoder import Transcoder
 
 Text = Int[Tensor, "row pos"] | ActivationCache
@@ -100,8 +100,8 @@ def train_side_by_side(
     stream = Stream(tokens if isinstance(tokens, ActivationCache) else ModelSource(model, tokens, layers), config)
     sample = stream.sample()
     _check_finite(sample, "in the first rows")
-    students = {(name, i): make_student(i, *sample[i], c) for (name, i), c in settings.items()}
-    named = {f"{name}/{layer}": student for (name, layer), student in students.items()}
+    trainers = {(name, i): make_trainer(i, *sample[i], c) for (name, i), c in settings.items()}
+    named = {f"{name}/{layer}": trainer for (name, layer), trainer in trainers.items()}
     folder = RunFolder(run, _about(tokens, layers, settings), checkpoint_seconds) if run else None
     first, records = 0, []
     if folder:
@@ -115,8 +115,8 @@ def train_side_by_side(
         for step in bar:
             batch = stream.batch(step)
             rows = []
-            for (name, layer), student in students.items():
-                row = _step(student, batch, layer, step, folder)
+            for (name, layer), trainer in trainers.items():
+                row = _step(trainer, batch, layer, step, folder)
                 rows.append({"name": name, "step": step, "layer": layer, **row})
             if step % every == 0 or step == config.steps - 1:
                 done = (step + 1 - first) * config.rows * stream.source.row_length
@@ -132,23 +132,23 @@ def train_side_by_side(
                 folder.save(step + 1, named)
             if stop:
                 raise KeyboardInterrupt(f"stopped after step {step}: the same call goes on from {folder.last()}")
-    finished = {name: {layer: students[name, layer].finished() for layer in layers} for name in configs}
+    finished = {name: {layer: trainers[name, layer].finished() for layer in layers} for name in configs}
     columns = ["name", "step", "layer", "loss", "fvu", "l0", "dead"]
     return finished, pd.DataFrame(records, columns=columns)
 
 
-def _step(student: Student, batch: Acts, layer: int, step: int, folder: RunFolder | None) -> dict[str, float]:
+def _step(trainer: Trainer, batch: Acts, layer: int, step: int, folder: RunFolder | None) -> dict[str, float]:
     try:
-        row = student.step(*batch[layer], step)
+        row = trainer.step(*batch[layer], step)
     except (RuntimeError, MemoryError) as error:
         if not _is_memory(error):
             raise
-        raise ValueError(_rows_that_fit(student, batch[layer])) from error
+        raise ValueError(_rows_that_fit(trainer, batch[layer])) from error
     if not row["fvu"] < DIVERGED or not row["loss"] < float("inf"):
         _check_finite(batch, f"at step {step}")
         saved = f"; the last good checkpoint is {folder.last()}" if folder else ""
         raise ValueError(
-            f"training diverged at step {step} in layer {layer}: lower lr ({student.config.lr}) or set clip{saved}"
+            f"training diverged at step {step} in layer {layer}: lower lr ({trainer.config.lr}) or set clip{saved}"
         )
     return row
 
@@ -196,21 +196,21 @@ def _is_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(s in str(error).lower() for s in says)
 
 
-def _rows_that_fit(student: Student, pair: tuple[Tensor, Tensor]) -> str:
+def _rows_that_fit(trainer: Trainer, pair: tuple[Tensor, Tensor]) -> str:
     """Try halves of the batch until forward and backward fit."""
-    student.adam.zero_grad()
-    rows = student.config.rows
+    trainer.adam.zero_grad()
+    rows = trainer.config.rows
     while rows > 1:
         rows //= 2
-        count = len(pair[0]) * rows // student.config.rows
+        count = len(pair[0]) * rows // trainer.config.rows
         try:
-            student.gradients(*student.scaled(pair[0][:count], pair[1][:count]))
+            trainer.gradients(*trainer.scaled(pair[0][:count], pair[1][:count]))
         except (RuntimeError, MemoryError) as error:
             if not _is_memory(error):
                 raise
             continue
-        return f"rows = {student.config.rows} does not fit into memory, but rows = {rows} does: lower it"
-    return f"not even one row fits into memory with {student.config.d_features} features: train fewer at a time"
+        return f"rows = {trainer.config.rows} does not fit into memory, but rows = {rows} does: lower it"
+    return f"not even one row fits into memory with {trainer.config.d_features} features: train fewer at a time"
 
 
 @contextmanager

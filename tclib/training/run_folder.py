@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tclib.io.paths import read_text, write_whole
 from tclib.training import distributed
-from tclib.training.trainer import SCALES, Student
+from tclib.training.trainer import SCALES, Trainer
 
 KEPT = 2
 
@@ -50,8 +50,8 @@ class RunFolder:
         """The complete ones, oldest first."""
         return sorted(self.folder.glob("step_*.safetensors"))
 
-    def restore(self, students: Mapping[str, Student]) -> int:
-        """Load the newest readable checkpoint and give its step; 0 and untouched students if there is none."""
+    def restore(self, trainers: Mapping[str, Trainer]) -> int:
+        """Load the newest readable checkpoint and give its step; 0 and untouched trainers if there is none."""
         for path in reversed(self.checkpoints()):
             try:
                 with safe_open(path, "pt") as file:
@@ -59,19 +59,19 @@ class RunFolder:
             except (SafetensorError, OSError) as error:
                 warnings.warn(f"{path.name} is damaged and is passed over: {error}", stacklevel=4)
                 continue
-            for name, student in students.items():
+            for name, trainer in trainers.items():
                 mine = {k.removeprefix(f"{name}:"): v for k, v in tensors.items() if k.startswith(f"{name}:")}
-                _refuse_another_model(mine, student, self.folder)
-                student.restore(mine)
+                _refuse_another_model(mine, trainer, self.folder)
+                trainer.restore(mine)
             return int(path.stem.removeprefix("step_"))
         return 0
 
-    def start(self, students: Mapping[str, Student]) -> None:
+    def start(self, trainers: Mapping[str, Trainer]) -> None:
         """Write the first checkpoint, so that a disk that is full or read-only is found before any training."""
         if distributed.rank() > 0 or self.checkpoints():
             return
         try:
-            self._write(0, students)
+            self._write(0, trainers)
             size = sum(path.stat().st_size for path in self.checkpoints())
             with open(self.folder / "room.part", "wb") as file:  # each later one also holds two Adam moments
                 file.write(bytes(3 * size))
@@ -85,13 +85,13 @@ class RunFolder:
     def due(self) -> bool:
         return time.monotonic() - self.saved_at >= self.seconds
 
-    def save(self, step: int, students: Mapping[str, Student]) -> None:
+    def save(self, step: int, trainers: Mapping[str, Trainer]) -> None:
         """Write a checkpoint; if the disk refuses, warn, keep the older ones and train on."""
         if distributed.rank() > 0:
             return
         self.saved_at = time.monotonic()
         try:
-            self._write(step, students)
+            self._write(step, trainers)
         except OSError as error:
             warnings.warn(
                 f"no checkpoint at step {step} ({error.strerror}); the last good one is {self.last()}", stacklevel=3
@@ -101,8 +101,8 @@ class RunFolder:
         """The newest checkpoint's file name, for messages."""
         return self.checkpoints()[-1].name if self.checkpoints() else "none"
 
-    def _write(self, step: int, students: Mapping[str, Student]) -> None:
-        tensors = {f"{name}:{key}": t for name, s in students.items() for key, t in s.state().items()}
+    def _write(self, step: int, trainers: Mapping[str, Trainer]) -> None:
+        tensors = {f"{name}:{key}": t for name, s in trainers.items() for key, t in s.state().items()}
         content = save({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()})
         write_whole(self.folder / f"step_{step:08d}.safetensors", content)
         for old in self.checkpoints()[:-KEPT]:
@@ -147,8 +147,8 @@ def _refuse_another(old: dict, new: dict, folder: Path) -> None:
                 )
 
 
-def _refuse_another_model(tensors: dict[str, Tensor], student: Student, folder: Path) -> None:
+def _refuse_another_model(tensors: dict[str, Tensor], trainer: Trainer, folder: Path) -> None:
     for name in SCALES:
-        before, now = tensors[f"scale.{name}"], getattr(student, name).cpu()
+        before, now = tensors[f"scale.{name}"], getattr(trainer, name).cpu()
         if before.shape != now.shape or not torch.allclose(before.to(now), now, rtol=1e-2, atol=1e-2):
             raise ValueError(f"the run in {folder} was begun with another model: its activations differ")

@@ -24,7 +24,7 @@ def rates(config: TrainConfig, step: int) -> tuple[float, float]:
     return lr, min(1.0, done / max(config.ramp, 1e-9))
 
 
-class Student:
+class Trainer:
     """One transcoder in training, in scaled space: inputs of unit variance per coordinate, outputs of unit norm.
 
     Its precision and device are those of the activations. Under several processes each sees its share of a batch, and

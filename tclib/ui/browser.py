@@ -1,4 +1,4 @@
-"""The feature browser: features by token, latent, frequency or similarity, and what is known of the chosen one."""
+"""The feature browser: features by token, label, frequency or similarity, and what is known of the chosen one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tclib.ui.base import TEXT, Explorer, bars, paper, replace_options, shown, w
 if TYPE_CHECKING:
     from tclib.ui.selected import Selected
 
-WAYS = ("frequency", "token", "latent", "similarity")
+WAYS = ("frequency", "token", "label", "similarity")
 MOST = 200  # features listed
 BEFORE, AFTER = 14, 5  # tokens of an example's context
 BINS = 12  # of a histogram
@@ -66,17 +66,17 @@ def by_token(model: TransformerBridge, summary: Summary, layer: int, text: str) 
     return _found(found, f"fires mostly on {text!r}: try another token or layer")
 
 
-def by_latent(summary: Summary, layer: int, text: str) -> pd.DataFrame:
-    """Features whose firing predicts a latent of this name (or with this in its name) best, largest ``f1`` first."""
+def by_label(summary: Summary, layer: int, text: str) -> pd.DataFrame:
+    """Features whose firing predicts a label of this name (or with this in its name) best, largest ``f1`` first."""
     if not text.strip():
-        raise ValueError("the search is empty: type a part of a latent's name")
+        raise ValueError("the search is empty: type a part of a label's name")
     table = of_layer(summary, layer)
-    if table["latent"].isna().all():
-        raise ValueError("this summary has no latents: its text was not labelled")
-    found = table[table["latent"].str.contains(text, regex=False, na=False)]
-    names = ", ".join(table["latent"].dropna().unique()[:5])
+    if table["label"].isna().all():
+        raise ValueError("this summary has no labels: its text was not labelled")
+    found = table[table["label"].str.contains(text, regex=False, na=False)]
+    names = ", ".join(table["label"].dropna().unique()[:5])
     found = found.sort_values("f1", ascending=False, kind="stable")
-    return _found(found, f"has a latent with {text!r} in its name: there are {names}, ...")
+    return _found(found, f"has a label with {text!r} in its name: there are {names}, ...")
 
 
 def similar(
@@ -172,8 +172,8 @@ def _told(model: TransformerBridge, row: pd.Series, summary: Summary) -> str:
         f"fired on {row['count']:,} of {tokens:,} tokens ({row['frequency']:.3%}), at most {row['max']:.2f}",
         f"most often on {most} ({row['token_share']:.0%})",
     ]
-    if isinstance(row["latent"], str):
-        parts.append(f"its firing predicts the latent {row['latent']!r} best (F1 {row['f1']:.2f})")
+    if isinstance(row["label"], str):
+        parts.append(f"its firing predicts the label {row['label']!r} best (F1 {row['f1']:.2f})")
     return "; ".join(parts) + "."
 
 
@@ -206,7 +206,7 @@ class Browser(Explorer):
         self.query = w.Text(
             "",
             description="for",
-            placeholder="a token or a latent",
+            placeholder="a token or a label",
             continuous_update=False,
             layout=w.Layout(width="280px"),
         )
@@ -233,8 +233,8 @@ class Browser(Explorer):
             return by_frequency(self.summary, layer, *self.range.value)
         if by == "token":
             return by_token(self.model, self.summary, layer, self.query.value)
-        if by == "latent":
-            return by_latent(self.summary, layer, self.query.value)
+        if by == "label":
+            return by_label(self.summary, layer, self.query.value)
         return similar(self.transcoders, self.summary, layer, self._wanted())
 
     def _search(self) -> str:
@@ -247,7 +247,7 @@ class Browser(Explorer):
         for control in (self.query, self.range):
             control.disabled = control is not on
         table = self.found()
-        note = {"token": "token_share", "latent": "f1", "similarity": "cosine"}.get(self.by.value, "frequency")
+        note = {"token": "token_share", "label": "f1", "similarity": "cosine"}.get(self.by.value, "frequency")
         options = [
             (f"[{feature}]  {note.replace('_', ' ')} {value:.3g}", feature)
             for feature, value in table[note].head(MOST).items()

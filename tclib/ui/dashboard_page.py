@@ -93,25 +93,25 @@ def layer_html(
 ) -> str:
     """All features of a layer in one table, most frequent first; a link for each that has a page.
 
-    Columns: feature, tokens, share of tokens, largest and mean activation, the token it fires on most, and the latent
+    Columns: feature, tokens, share of tokens, largest and mean activation, the token it fires on most, and the label
     that its firing predicts best, with F1.
     """
     table = search.statistics(index, layer).sort_values("count", ascending=False, kind="stable")
     table["most"] = _commonest(model, index, layer)[table["feature"]]
     if truth is not None:
-        best = search.best_latents(index, layer, truth)
-        table["latent"] = [
-            f"{name} ({f1:.2f})" if name else "" for name, f1 in zip(best["latent"], best["f1"], strict=True)
+        best = search.best_labels(index, layer, truth)
+        table["label"] = [
+            f"{name} ({f1:.2f})" if name else "" for name, f1 in zip(best["label"], best["f1"], strict=True)
         ]
-        table["latent"] = table["latent"].to_numpy()[table["feature"]]
+        table["label"] = table["label"].to_numpy()[table["feature"]]
     rows = []
     for row in table.itertuples():
         link = (pages or {}).get(row.feature)
         name = f'<a href="{link}">{row.feature}</a>' if link else str(row.feature)
         cells = [name, f"{row.count:,}", f"{row.frequency:.3%}", _number(row.max), _number(row.mean)]
-        cells += [html.escape(row.most)] + ([html.escape(row.latent)] if truth is not None else [])
+        cells += [html.escape(row.most)] + ([html.escape(row.label)] if truth is not None else [])
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    heads = ["feature", "tokens", "share", "max", "mean", "fires most on"] + ["latent (F1)"] * (truth is not None)
+    heads = ["feature", "tokens", "share", "max", "mean", "fires most on"] + ["label (F1)"] * (truth is not None)
     live = (table["frequency"] > LIVE).sum()
     about = f"{live} of {len(table)} features fire more than once in 10,000 of {index.n_tokens:,} tokens."
     head = "".join(f'<th style="padding: 1px 8px">{name}</th>' for name in heads)
@@ -149,8 +149,8 @@ def _tables(d: Dashboard) -> str:
     parts = []
     if len(d.top_tokens):
         parts.append(_fold("tokens it fires on", d.top_tokens.assign(token=d.top_tokens["token"].map(repr)), True))
-    if d.latents is not None:
-        parts.append(_fold("latents its firing predicts", d.latents, True))
+    if d.labels is not None:
+        parts.append(_fold("labels its firing predicts", d.labels, True))
     for title, table in (("inputs", d.incoming), ("outputs", d.outgoing)):
         for by in ("input_invariant", "input_x_gradient", "target_weighted"):
             best = strongest(table[table[by] != 0], by, 10)

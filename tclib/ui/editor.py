@@ -24,7 +24,7 @@ from tclib.circuits.neuronpedia import save_graph_json
 from tclib.circuits.one_step import BIASES, PromptGraph, prompt_graph
 from tclib.circuits.path_bounds import Bounds, bounding, finish
 from tclib.circuits.path_graph import UNLISTED, merge
-from tclib.circuits.path_search import Search, searching
+from tclib.circuits.path_search import SearchResult, searching
 from tclib.circuits.pruning import prune as prune_graph
 from tclib.targets import Target
 from tclib.tracing import Trace, trace
@@ -38,20 +38,20 @@ if TYPE_CHECKING:
 
 MOST_TABLES, MOST_PATHS = 400, 300  # of one search, so that it answers soon and can be drawn
 MOST_FEATURES = 3000  # of the graph that is saved
-HELD: dict[str, tuple[interventions.Held, ...]] = {
+FROZEN: dict[str, tuple[interventions.Frozen, ...]] = {
     "all else answers": (),
     "all else frozen": ("patterns", "scales", "mlps"),
 }
 
 
-def search(graph: PromptGraph, target: Target, share: float) -> tuple[Search, nx.DiGraph]:
+def search(graph: PromptGraph, target: Target, share: float) -> tuple[SearchResult, nx.DiGraph]:
     """Paths of at least ``share`` of the target's value, at most `MOST_PATHS`, and the circuit they merge into."""
     return finish(searched(graph, target, share))
 
 
 def searched(
     graph: PromptGraph, target: Target, share: float, bounds: Bounds | None = None
-) -> Generator[float, None, tuple[Search, nx.DiGraph]]:
+) -> Generator[float, None, tuple[SearchResult, nx.DiGraph]]:
     """`search` in turns: yields how much of it is done."""
     least = share * abs(target.value(graph.trace))
     found = yield from searching(graph, target, least, limit=MOST_TABLES, bounds=bounds)
@@ -136,47 +136,47 @@ def ablation(
     trace: Trace,
     target: Target,
     nodes: Sequence[tuple[int, int, int]],
-    held: str,
+    frozen: str,
     values: Sequence[float] | None = None,
 ) -> pd.DataFrame:
     """Features taken out, or set to a value: predicted and measured change of the target, each alone and all together.
 
     Args:
         nodes: (layer, position, feature) of active features.
-        held: a key of `HELD`. With all else frozen the prediction is exact.
+        frozen: a key of `FROZEN`. With all else frozen the prediction is exact.
         values: the activation that each is set to; by default 0.
 
     Raises:
-        ValueError: no features, a silent one, or skip transcoders with MLPs held.
+        ValueError: no features, a silent one, or skip transcoders with MLPs frozen.
     """
     if not nodes:
         raise ValueError("there is no feature to take out: choose some (heads and tokens cannot be)")
     values = [0.0] * len(nodes) if values is None else list(values)
     table = pd.DataFrame(nodes, columns=["layer", "position", "feature"]).assign(new=values)
-    each = validation.compare(trace, table, [target], HELD[held])
+    each = validation.compare(trace, table, [target], FROZEN[frozen])
     names = [
         f"mlp{layer}[{feature}]@{position}" + (f" = {value:g}" if value else "")
         for (layer, position, feature), value in zip(nodes, values, strict=True)
     ]
     rows = pd.DataFrame({"without": names, "predicted": each["predicted"], "measured": each["measured"]})
     if len(nodes) > 1:
-        change = target.value(edited_trace(trace, nodes, values, held)) - target.value(trace)
+        change = target.value(edited_trace(trace, nodes, values, frozen)) - target.value(trace)
         rows.loc[len(rows)] = ["all of them", rows["predicted"].sum(), change]
     return rows
 
 
 @torch.no_grad()
-def edited_trace(trace: Trace, nodes: Sequence[tuple[int, int, int]], values: Sequence[float], held: str) -> Trace:
+def edited_trace(trace: Trace, nodes: Sequence[tuple[int, int, int]], values: Sequence[float], frozen: str) -> Trace:
     """The prompt with features set to values, all at once: residual stream, scales and logits are the edited model's.
 
     Args:
-        nodes, values, held: as in `ablation`.
+        nodes, values, frozen: as in `ablation`.
     """
     change = {layer: torch.zeros_like(trace.cache[hook_out(layer)]) for layer, _, _ in nodes}
     for (layer, position, feature), value in zip(nodes, values, strict=True):
         moved = value - trace.features[layer][position, feature]
         change[layer][position] += moved * trace.transcoders[layer].W_dec[feature]
-    hooks = interventions.hold(trace.cache, HELD[held])
+    hooks = interventions.freeze(trace.cache, FROZEN[frozen])
     writes = {layer: trace.transcoders[layer].config.hook_out for layer in change}
     hooks += [(writes[layer], lambda y, hook, added=added: y + added) for layer, added in change.items()]
     needed = {name for name in trace.cache if "hook_resid" in name or name.endswith(("hook_scale", "hook_embed"))}
@@ -247,14 +247,14 @@ class Editor(Explorer):
         self.set = w.Button(description="set to it", tooltip="set the chosen features to this value", layout=_AUTO)
         about = "the circuit as a page, and as JSON for Neuronpedia"
         self.save = w.Button(description="save", tooltip=about, layout=_AUTO)
-        self.held = w.ToggleButtons(options=list(HELD), description="measured:", style={"button_width": "auto"})
+        self.frozen = w.ToggleButtons(options=list(FROZEN), description="measured:", style={"button_width": "auto"})
         self.view, self.measured, self.files = w.HTML(), w.HTML(), w.HTML()
         wrapped = w.Layout(flex_flow="row wrap", width="300px")
         grouping = w.HBox([self.group_name, self.join, self.split, self.pin, self.save], layout=wrapped)
         editing = w.HBox([self.out, self.to, self.set], layout=wrapped)
         super().__init__(
             "Circuit editor",
-            [*self.question.rows, (self.share, self.top, self.held)],
+            [*self.question.rows, (self.share, self.top, self.frozen)],
             [
                 w.VBox([self.nodes, grouping, editing, self.files], layout=w.Layout(width="310px")),
                 w.VBox([self.view, self.measured], layout=w.Layout(flex="1 1 340px", min_width="0")),
@@ -263,7 +263,7 @@ class Editor(Explorer):
         )
         self.watch(self._start, *self.question.fields)
         self.watch(self._search, self.share)
-        self.watch(self._show, self.top, self.held)
+        self.watch(self._show, self.top, self.frozen)
         self.watch(self._look, self.nodes)
         for action in ("pin", "join", "split", "out", "set", "save"):
             self.watch(getattr(self, f"_{action}"), getattr(self, action))
@@ -420,12 +420,12 @@ class Editor(Explorer):
         )
 
     def _measured(self) -> str:
-        nodes, held = sorted(self.edited), self.held.value
+        nodes, frozen = sorted(self.edited), self.frozen.value
         places, values = self._places(nodes), [self.edited[n] for n in nodes]
-        rows = ablation(self.trace, self.target, places, held, values)
-        after = moved_tokens(self.trace, edited_trace(self.trace, places, values, held))
-        change = table(rows, f"change of {self.target.name} without features, or with others' values, {held}")
-        return change + table(after, f"likeliest next tokens after the edit, {held}")
+        rows = ablation(self.trace, self.target, places, frozen, values)
+        after = moved_tokens(self.trace, edited_trace(self.trace, places, values, frozen))
+        change = table(rows, f"change of {self.target.name} without features, or with others' values, {frozen}")
+        return change + table(after, f"likeliest next tokens after the edit, {frozen}")
 
     def _listed(self) -> list[tuple[str, str]]:
         nodes = [n for n in self.circuit if not _apart(self.circuit, n)]

@@ -1,4 +1,4 @@
-"""The sparse training step: what `trainer.Student` computes, for active features alone.
+"""The sparse training step: what `trainer.Trainer` computes, for active features alone.
 
 Only active pairs of feature and token have an activation or a gradient, and there are few of them. What is left of the
 dense step is the encoder product that finds them (`active`). The rest are sums over pairs:
@@ -6,7 +6,7 @@ dense step is the encoder product that finds them (`active`). The rest are sums 
     error = y - z W_dec - b_dec        r = dL/d(output) = -2 error        dL/dz = r W_dec^T + price
     dW_dec = z^T r                     dW_enc = x^T dL/dz                 db_enc = sum of dL/dz
 
-`Student` stays the definition: gradients are equal up to the order of sums, and while many features are active it does
+`Trainer` stays the definition: gradients are equal up to the order of sums, and while many features are active it does
 the work itself. Adam is dense in both: a feature without a gradient still moves by its momentum.
 """
 
@@ -22,19 +22,19 @@ from tclib.training.config import TrainConfig
 from tclib.training.fast.active_pairs import Active
 from tclib.training.fast.pairs import Pairs
 from tclib.training.fast.screening import CHUNK
-from tclib.training.trainer import Student
+from tclib.training.trainer import Trainer
 from tclib.transcoder import Transcoder
 
 
-def make_student(layer: int, x: Tensor, y: Tensor, config: TrainConfig) -> Student:
-    """The sparse student for large transcoders where it is exact and was measured: on processors, in full precision."""
+def make_trainer(layer: int, x: Tensor, y: Tensor, config: TrainConfig) -> Trainer:
+    """The sparse trainer for large transcoders where it is exact and was measured: on processors, in full precision."""
     full = x.dtype in (torch.float32, torch.float64) and not config.bfloat16
     sparse = config.d_features >= config.sparse_from and full and x.device.type == "cpu"
-    return (SparseStudent if sparse else Student)(layer, x, y, config)
+    return (SparseTrainer if sparse else Trainer)(layer, x, y, config)
 
 
-class SparseStudent(Student):
-    """A `Student` that computes active features alone while few are active (`TrainConfig.sparse_below`)."""
+class SparseTrainer(Trainer):
+    """A `Trainer` that computes active features alone while few are active (`TrainConfig.sparse_below`)."""
 
     def __init__(self, layer: int, x: Tensor, y: Tensor, config: TrainConfig):
         super().__init__(layer, x, y, config)
@@ -45,7 +45,7 @@ class SparseStudent(Student):
         self.find = Active(self.transcoder, config)
 
     def gradients(self, x: Tensor, y: Tensor, ramp: float = 1.0) -> tuple[tuple[Tensor, ...], Tensor | Pairs]:
-        """As `Student.gradients`; a sparse step gives the activations as pairs, with values ``z``."""
+        """As `Trainer.gradients`; a sparse step gives the activations as pairs, with values ``z``."""
         if self.density < self.config.sparse_below:
             sums, z = self._sparse_gradients(x, y, ramp)
             visited = torch.tensor(len(z), dtype=torch.float64)

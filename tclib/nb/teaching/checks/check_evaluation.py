@@ -86,21 +86,21 @@ def paired_interval(answer: Callable[[np.ndarray, np.ndarray], Sequence[float]])
 
 
 def auroc(answer: Callable[[Tensor, Tensor], float]) -> None:
-    """Exercise 02.4, how often a token with the latent outranks one without, from ``z, on``. Expected: all pairs."""
+    """Exercise 02.4, how often a token with the label outranks one without, from ``z, on``. Expected: all pairs."""
     z = torch.tensor([0.0, 0.0, 1.5, 3.0, 2.0, 0.0, 0.0, 0.5, 2.0, 0.0])
     on = torch.tensor([True, True, True, True, True, False, False, False, False, False])
-    tried = "10 tokens, 5 of them with the latent, and a feature that is silent on half of them"
+    tried = "10 tokens, 5 of them with the label, and a feature that is silent on half of them"
     pairs = [(a, b) for a in z[on].tolist() for b in z[~on].tolist()]
     wins, ties = sum(a > b for a, b in pairs) / len(pairs), sum(a == b for a, b in pairs) / len(pairs)
     firing = [(a, b) for a, b in pairs if a > 0 and b > 0]
     mistakes = {
         "ties count for nothing: two silent tokens should count for half a win": wins,
         "ties count as wins: two silent tokens should count for half a win": wins + ties,
-        "the sides are exchanged: how often does the token *with* the latent rank higher?": 1 - wins - ties / 2,
+        "the sides are exchanged: how often does the token *with* the label rank higher?": 1 - wins - ties / 2,
         "silent tokens were left out, but they are ranked as well": np.mean(
             [(a > b) + (a == b) / 2 for a, b in firing]
         ),
         "that is the accuracy of 'it fires', one threshold of many": float(((z > 0) == on).float().mean()),
     }
-    cause = "compare every token with the latent with every token without it"
+    cause = "compare every token with the label with every token without it"
     judge(tried, call(answer, tried, z, on), wins + ties / 2, mistakes, cause)

@@ -91,7 +91,7 @@ def removal(answer: Callable[[], float] | float, trace: Trace, later: str, earli
         return float(logits[ids[0]] - logits[ids[1]])
 
     whole = difference([])
-    held = interventions.hold(trace.cache, ["patterns", "scales", "values", "mlps"])
+    held = interventions.freeze(trace.cache, ["patterns", "scales", "values", "mlps"])
     measured = difference(held + removed) - whole
     mistakes = {
         "the sign: what a feature adds is lost when it goes": -measured,
