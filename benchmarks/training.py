@@ -117,7 +117,12 @@ def ours(name: str, batch: int) -> Step:
 
     way, kind = name.split()
     config = TrainConfig(
-        d_features=FEATURES, activation=kind, k=L0 if kind.endswith("topk") else None, l1=1e-3, lr=LR, start_l0=L0
+        d_features=FEATURES,
+        activation=kind,
+        k=L0 if kind.endswith("topk") else None,
+        l1_coefficient=1e-3,
+        lr=LR,
+        start_l0=L0,
     )
     x, y = data(batch)
     trainer = (Trainer if way == "plain" else SparseTrainer)(0, x, y, config)
@@ -247,13 +252,13 @@ def show(batch: int, result: dict[str, dict]) -> dict[str, float]:
 
 QUALITY = {
     "d_features": 4096,
-    "rows": 8,
+    "batch_rows": 8,
     "buffer": 8,
     "passes": 4,
     "lr": 1e-3,
     "warmup": 0.2,
     "decay": 0.0,
-    "ramp": 0.0,
+    "sparsity_warmup": 0.0,
 }
 
 
@@ -274,8 +279,8 @@ def quality(seed: int, steps: int, l1: float, layer: int) -> dict[str, dict]:
     from tclib.training.trainer import rates
 
     model = tc.load_model(device="cpu")
-    config = tc.TrainConfig(l1=l1, steps=steps, seed=seed, **QUALITY)
-    count = config.rows * max(config.buffer, config.steps // config.passes)
+    config = tc.TrainConfig(l1_coefficient=l1, steps=steps, seed=seed, **QUALITY)
+    count = config.batch_rows * max(config.buffer, config.steps // config.passes)
     stream = Stream(ModelSource(model, text.chronicle(model, count, seed=seed).tokens[:count], [layer]), config)
     sample = stream.sample()[layer]
     trainers = {
@@ -353,7 +358,7 @@ def suite(steps: int) -> float:
     layers = list(range(model.cfg.n_layers))
     tokens = torch.randint(50_000, (32, 128), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = model.tokenizer.bos_token_id
-    config = tc.TrainConfig(d_features=FEATURES, start_l0=L0, rows=32, lr=LR, l1=1e-3)
+    config = tc.TrainConfig(d_features=FEATURES, start_l0=L0, batch_rows=32, lr=LR, l1_coefficient=1e-3)
     stream = Stream(ModelSource(model, tokens, layers), config)
     sample = stream.sample()
     trainers = {layer: SparseTrainer(layer, *sample[layer], config) for layer in layers}

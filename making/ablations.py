@@ -31,7 +31,7 @@ PRICES = {0: 0.06, 2: 0.08}  # by layer; such that L0 is about that of the bundl
 FRONT = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the price
 STEPS = 240
 LAPTOP = {"steps": 1300, "passes": 6, "price": 1.0}
-SMALL = {"d_features": 512, "rows": 4, "buffer": 16, "passes": 2, "dead_after": 15_000}
+SMALL = {"d_features": 512, "batch_rows": 4, "buffer": 16, "passes": 2, "dead_after": 15_000}
 
 
 class Tangent(Trainer):
@@ -53,8 +53,8 @@ class Unscaled(Trainer):
         self.x_mean, self.y_mean = torch.zeros_like(self.x_mean), torch.zeros_like(self.y_mean)
         self.x_scale, self.y_scale = torch.ones_like(self.x_scale), torch.ones_like(self.y_scale)
 
-    def price(self, z, pre):
-        return super().price(z, pre) * self.size
+    def penalty(self, z, pre):
+        return super().penalty(z, pre) * self.size
 
 
 class Resampling(Trainer):
@@ -102,22 +102,22 @@ class Ghost(Trainer):
 
 
 # name -> (what the table says, class, changes to the recipe)
-TOPK = {"activation": "topk", "k": 16, "unit_norm": True, "pull": 0.0}
+TOPK = {"activation": "topk", "k": 16, "unit_norm": True, "dead_bias_lift": 0.0}
 VARIANTS = {
     "no start": ("without: biases start at the quantile", Trainer, {"start_l0": None}),
     "no clip": ("without: gradients clipped", Trainer, {"clip": None}),
     "no tie": ("without: encoder starts along the decoder", Trainer, {"tied": False}),
     "no warm-up": ("without: warm-up of the learning rate", Trainer, {"warmup": 0.0}),
     "no decay": ("without: decay of the learning rate", Trainer, {"decay": 0.0}),
-    "no ramp": ("without: slow rise of the price", Trainer, {"ramp": 0.0}),
+    "no ramp": ("without: slow rise of the price", Trainer, {"sparsity_warmup": 0.0}),
     "no scaling": ("without: scaled activations", Unscaled, {}),
     "no shuffling": ("without: shuffling buffer", Trainer, {"buffer": 1, "passes": 1}),
     "one pass": ("without: several passes over a buffer", Trainer, {"passes": 1}),
-    "no pull": ("without: dead features pulled up", Trainer, {"pull": 0.0}),
+    "no pull": ("without: dead features pulled up", Trainer, {"dead_bias_lift": 0.0}),
     "unit norm": ("with: decoder rows of unit length", Trainer, {"unit_norm": True}),
     "tangent": ("with: tangent gradients, against unit length alone", Tangent, {"unit_norm": True}),
-    "resampling": ("with: resampling in place of the pull", Resampling, {"pull": 0.0}),
-    "ghost": ("with: ghost gradients in place of the pull", Ghost, {"pull": 0.0}),
+    "resampling": ("with: resampling in place of the pull", Resampling, {"dead_bias_lift": 0.0}),
+    "ghost": ("with: ghost gradients in place of the pull", Ghost, {"dead_bias_lift": 0.0}),
     "topk": ("with: TopK in place of ReLU", Trainer, TOPK),
     "topk no aux": ("with: TopK without aux-k, against TopK", Trainer, TOPK | {"aux": 0.0}),
 }
@@ -157,9 +157,9 @@ def part(work: Path, layer: int, seed: int) -> list[dict]:
     """Train all variants on one layer with one seed; L0, FVU, dead features and seconds of each."""
     model = tc.load_model(device="cpu")
     base = recipe(PRICES[layer], STEPS, **SMALL, seed=seed)
-    variants = {f"recipe x{f}": ("", Trainer, {"l1": PRICES[layer] * f}) for f in FRONT} | VARIANTS
+    variants = {f"recipe x{f}": ("", Trainer, {"l1_coefficient": PRICES[layer] * f}) for f in FRONT} | VARIANTS
     configs = {name: base.model_copy(update=changes) for name, (_, _, changes) in variants.items()}
-    count = STEPS * base.rows
+    count = STEPS * base.batch_rows
     train_rows = mixed_rows(work, count, model.cfg.n_ctx, model.cfg.bos_token_id, seed)
     source, streams, trainers = ModelSource(model, train_rows, [layer]), {}, {}
     for name, (_, kind, _) in variants.items():
@@ -195,9 +195,9 @@ def part(work: Path, layer: int, seed: int) -> list[dict]:
 def where_time_goes(work: Path, repeats: int = 5) -> list[dict]:
     """CPU milliseconds of one step of the bundled transcoders' recipe: all layers, 2,048 tokens, one thread."""
     model = tc.load_model(device="cpu")
-    config = recipe(0.01, STEPS, rows=16, buffer=16)
+    config = recipe(0.01, STEPS, batch_rows=16, buffer=16)
     layers = list(range(model.cfg.n_layers))
-    tokens = mixed_rows(work, config.rows * config.buffer, model.cfg.n_ctx, model.cfg.bos_token_id, 0)
+    tokens = mixed_rows(work, config.batch_rows * config.buffer, model.cfg.n_ctx, model.cfg.bos_token_id, 0)
     stream = Stream(ModelSource(model, tokens, layers), config)
     sample, fill = clocked(stream.sample)
     trainers = [Trainer(layer, *sample[layer], config) for layer in layers]

@@ -33,7 +33,7 @@ def main() -> None:
 
     model = tc.load_model(device="cpu")
     base = tc.TrainConfig(
-        d_features=options.d_features, steps=options.steps, rows=options.rows, lr=2e-3,
+        d_features=options.d_features, steps=options.steps, batch_rows=options.rows, lr=2e-3,
         activation="topk", k=options.k, buffer=4, bfloat16=True,
     )  # fmt: skip
     rows = [tc.load_text(model, source, options.text_rows, SEED) for source in ("chronicle", "sampled")]

@@ -57,13 +57,13 @@ def main() -> None:
     model = tc.load_model(device="cpu")
     layers = list(range(model.cfg.n_layers))
     base = tc.TrainConfig(
-        d_features=options.d_features, steps=options.steps, rows=options.rows, lr=options.lr,
+        d_features=options.d_features, steps=options.steps, batch_rows=options.rows, lr=options.lr,
         activation="topk", k=MIDDLE, buffer=4, bfloat16=True,
     )  # fmt: skip
     parts = [(seed, layer) for seed in range(options.seeds) for layer in layers]
     todo = [part for part in parts if not part_file(options.run, *part).exists()]
     if todo:
-        rows = mixed_rows(options.work, base.steps * base.rows, model.cfg.n_ctx, model.cfg.bos_token_id, seed=0)
+        rows = mixed_rows(options.work, base.steps * base.batch_rows, model.cfg.n_ctx, model.cfg.bos_token_id, seed=0)
         cache = training.cache_activations(model, rows, layers, options.run / "activations")
         held_out = texts(model, options.work, options.measured_rows)
         for seed, layer in todo[: options.most]:
@@ -175,7 +175,7 @@ def collect(model, run: Path, out: Path, base: tc.TrainConfig, parts: list, held
         "command": "python -m making.fronts --work WORK --run RUN --out data/fronts.json",
         "about": {
             "training": base.model_dump(include={"d_features", "activation", "steps", "rows", "lr"}),
-            "training_tokens": base.steps * base.rows * model.cfg.n_ctx,
+            "training_tokens": base.steps * base.batch_rows * model.cfg.n_ctx,
             "k": KS,
             "k_of_latents_and_seeds": MIDDLE,
             "held_out_rows_per_text": held_out_rows,

@@ -58,18 +58,18 @@ def recipe(l1: float, steps: int, **changes) -> tc.TrainConfig:
     settings = dict(
         d_features=2048,
         lr=2e-3,
-        rows=16,
+        batch_rows=16,
         buffer=16,
         passes=3,
         clip=1.0,
         start_l0=64,
         tied=True,
         unit_norm=False,
-        pull=1.0,
+        dead_bias_lift=1.0,
         dead_after=50_000,
         bfloat16=True,
     )
-    return tc.TrainConfig(l1=l1, steps=steps, **(settings | changes))
+    return tc.TrainConfig(l1_coefficient=l1, steps=steps, **(settings | changes))
 
 
 def make(options: argparse.Namespace, device: str) -> None:
@@ -78,7 +78,7 @@ def make(options: argparse.Namespace, device: str) -> None:
     common = {name: getattr(options, name) for name in ("steps", "rows", "passes", "d_features", "lr", "seed")}
     configs = {layer: recipe(l1, **common) for layer, l1 in enumerate(options.l1)}
     shared = configs[0]
-    count = shared.steps * shared.rows // shared.passes + shared.rows * shared.buffer  # no row twice
+    count = shared.steps * shared.batch_rows // shared.passes + shared.batch_rows * shared.buffer  # no row twice
     rows = mixed_rows(options.work, count, model.cfg.n_ctx, model.cfg.bos_token_id, options.seed)
     transcoders, _ = tc.train(model, rows, list(configs), configs, progress=True, run=options.run)
     if distributed.rank() > 0:

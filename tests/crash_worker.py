@@ -24,7 +24,7 @@ import tclib as tc
 from tests.tiny import make_model
 
 CONFIGS = {
-    "relu": {"start_l0": 20.0, "clip": 1.0, "tied": True, "unit_norm": False, "pull": 1.0, "dead_after": 800},
+    "relu": {"start_l0": 20.0, "clip": 1.0, "tied": True, "unit_norm": False, "dead_bias_lift": 1.0, "dead_after": 800},
     "topk": {"activation": "topk", "k": 4, "dead_after": 800},
     "batchtopk": {"activation": "batchtopk", "k": 4},
     "jumprelu": {"activation": "jumprelu"},
@@ -39,7 +39,7 @@ def text() -> torch.Tensor:
 
 def config(name: str, **more) -> tc.TrainConfig:
     return tc.TrainConfig(
-        d_features=64, steps=120, rows=4, buffer=4, passes=2, lr=3e-3, **(CONFIGS[name] | more)
+        d_features=64, steps=120, batch_rows=4, buffer=4, passes=2, lr=3e-3, **(CONFIGS[name] | more)
     )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def case_memory(model, folder: Path) -> None:
         pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
         limit = pages * resource.getpagesize() + 400_000_000
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        tc.train(model, text(), [0], tc.TrainConfig(d_features=40_000, rows=64, steps=2))
+        tc.train(model, text(), [0], tc.TrainConfig(d_features=40_000, batch_rows=64, steps=2))
 
     finish(child(work))
 

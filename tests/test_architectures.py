@@ -12,7 +12,7 @@ from tclib.training import architectures
 from tclib.training.trainer import Trainer
 from tests.tiny import make_transcoder
 
-SMALL = tc.TrainConfig(d_features=64, steps=60, rows=8, lr=3e-3, l1=0.01)
+SMALL = tc.TrainConfig(d_features=64, steps=60, batch_rows=8, lr=3e-3, l1_coefficient=0.01)
 KINDS = {
     "relu": {},
     "topk": {"activation": "topk", "k": 8},
@@ -57,7 +57,7 @@ def test_folding_the_scaling_changes_nothing(kind, skip):
 def test_the_loss_is_its_equation(kind, seed):
     torch.manual_seed(seed)
     x, y = torch.randn(40, 32, dtype=torch.float64), torch.randn(40, 32, dtype=torch.float64)
-    config = SMALL.model_copy(update=KINDS[kind] | {"l1": 0.1, "l0": 0.1, "aux": 0.0})
+    config = SMALL.model_copy(update=KINDS[kind] | {"l1_coefficient": 0.1, "l0_coefficient": 0.1, "aux": 0.0})
     trainer = Trainer(0, x, y, config)
     with torch.no_grad():
         if not config.unit_norm:
@@ -86,7 +86,7 @@ def test_the_straight_through_gradient_is_the_published_one():
     with torch.no_grad():
         t.threshold.fill_(0.5)
     pre = torch.tensor([[0.45, 0.54, 0.9], [0.3, 0.56, 0.46]], dtype=torch.float64, requires_grad=True)
-    config = SMALL.model_copy(update={"activation": "jumprelu", "bandwidth": 0.1, "l0": 2.0})
+    config = SMALL.model_copy(update={"activation": "jumprelu", "bandwidth": 0.1, "l0_coefficient": 2.0})
     architectures.activate(t, pre, config).sum().backward()
     torch.testing.assert_close(pre.grad, (pre > 0.5).double())
     torch.testing.assert_close(t.threshold.grad, torch.tensor([-5.0, -5.0, -5.0], dtype=torch.float64))
@@ -118,7 +118,9 @@ def test_finished_rows_have_unit_length_and_free_rows_had_not():
 
 def test_pull_lifts_dead_features_until_they_fire():
     x, y = torch.randn(100, 32), torch.randn(100, 32)
-    trainer = Trainer(0, x, y, SMALL.model_copy(update={"dead_after": 100, "lr": 0.01, "pull": 20.0, "warmup": 0.0}))
+    trainer = Trainer(
+        0, x, y, SMALL.model_copy(update={"dead_after": 100, "lr": 0.01, "dead_bias_lift": 20.0, "warmup": 0.0})
+    )
     with torch.no_grad():
         trainer.transcoder.b_enc[:5] = -1
     start = trainer.transcoder.b_enc[5:].clone()
@@ -141,7 +143,7 @@ def test_dead_features_are_counted_in_tokens():
         ({"activation": "topk"}, "needs k"),
         ({"activation": "batchtopk", "k": 65}, "k = 65 is more than the 64 features"),
         ({"activation": "topk", "k": 4, "unit_norm": False}, "unit length"),
-        ({"l1": -0.1}, "l1"),
+        ({"l1_coefficient": -0.1}, "l1"),
         ({"l0": -0.1}, "l0"),
         ({"skip": True, "kind": "sae_in"}, "copy its input"),
         ({"lerning_rate": 1.0}, "lerning_rate"),

@@ -25,5 +25,5 @@ def test_two_ranks_reproduce_one(tmp_path):
 def test_rows_that_cannot_be_divided_are_refused(tmp_path, monkeypatch):
     model = make_model(tmp_path)
     monkeypatch.setattr("tclib.training.distributed.world", lambda: 3)
-    with pytest.raises(ValueError, match="rows = 4 cannot be divided among 3 processes"):
+    with pytest.raises(ValueError, match="batch_rows = 4 cannot be divided among 3 processes"):
         tc.train(model, text(), [0], config("relu"))

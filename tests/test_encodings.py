@@ -50,7 +50,7 @@ for format in ("tclib", "saelens", "circuit-tracer"):
     assert tc.load_transcoders(folder / format)[0].config.model_name == text
 tokens = torch.randint(0, 40, (32, 16))
 tokens[:, 0] = 40
-config = tc.TrainConfig(d_features=16, steps=2, rows=4)
+config = tc.TrainConfig(d_features=16, steps=2, batch_rows=4)
 tc.train(model, tokens, [0], config, run=folder / "run")
 tc.train(model, tokens, [0], config, run=folder / "run")
 training.cache_activations(model, tokens, [0], folder / "cache")

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import tclib as tc
 from benchmarks.explorers import OTHER, PROMPT, measure
 from tclib import connections, interventions, targets, ui
+from tclib.circuits import editing
 from tclib.circuits.layout import layout
 from tclib.circuits.one_step import prompt_graph
 from tclib.circuits.path_search import best_first
@@ -29,7 +30,7 @@ from tclib.features import Summary, build_index, load_summary, summarise
 from tclib.features.feature_activations import count
 from tclib.plots import NEGATIVE, POSITIVE
 from tclib.tasks import greater_than as gt
-from tclib.ui import answers, base, browser, editor, lab, microscope, walker, weights
+from tclib.ui import answers, base, browser, editor, lab, markup, microscope, walker, weights
 from tclib.ui.circuit_page import circuit_svg
 from tests.conftest import COMMITTED, REPO
 from tests.tiny import make_model, make_transcoder
@@ -37,7 +38,7 @@ from tests.tiny import make_model, make_transcoder
 COPIES = REPO / "build" / "nbmake"
 VIEW = "application/vnd.jupyter.widget-view+json"
 SLOWEST = 300  # milliseconds
-HELD = list(editor.FROZEN)
+HELD = list(editing.FROZEN)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def answer(traced):
 
 @pytest.fixture(scope="module")
 def circuit(traced, answer):
-    return editor.search(prompt_graph(traced), answer, 0.03)[1]
+    return editing.search(prompt_graph(traced), answer, 0.03)[1]
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +163,8 @@ def test_contraction_loses_no_flow(circuit, data):
     inner = [n for n, d in circuit.nodes(data=True) if d["kind"] != "target"]
     nodes = data.draw(st.sets(st.sampled_from(sorted(inner)), min_size=2))
     (target,) = [n for n, d in circuit.nodes(data=True) if d["kind"] == "target"]
-    joined = editor.contract(circuit, nodes, "all of these", kind="x")
-    assert editor.imbalance(joined) < 1e-4
+    joined = editing.contract(circuit, nodes, "all of these", kind="x")
+    assert editing.imbalance(joined) < 1e-4
     assert joined.in_degree(target, weight="weight") == pytest.approx(circuit.in_degree(target, weight="weight"))
     untouched = [n for n in circuit if n not in nodes]
     for node in untouched:
@@ -176,9 +177,9 @@ def test_contraction_loses_no_flow(circuit, data):
 def test_pruning_keeps_pins_and_balance(circuit, top, data):
     inner = sorted(n for n, d in circuit.nodes(data=True) if d["kind"] in ("feature", "head", "embedding"))
     pins = data.draw(st.sets(st.sampled_from(inner), max_size=3))
-    small = editor.prune(circuit, top, pins)
+    small = editing.prune(circuit, top, pins)
     assert pins <= set(small)
-    assert editor.imbalance(small) < 1e-4
+    assert editing.imbalance(small) < 1e-4
     (target,) = [n for n, d in small.nodes(data=True) if d["kind"] == "target"]
     for pin in pins:
         assert nx.has_path(small.subgraph(set(small) - {"remainder"}), pin, target)
@@ -186,23 +187,23 @@ def test_pruning_keeps_pins_and_balance(circuit, top, data):
 
 def test_wrong_edits(circuit, traced, answer):
     with pytest.raises(ValueError, match="no node 'nonsense'"):
-        editor.prune(circuit, 5, {"nonsense"})
+        editing.prune(circuit, 5, {"nonsense"})
     with pytest.raises(ValueError, match="at least two nodes"):
-        editor.group(circuit, ["embedding@8"], "g")
+        editing.group(circuit, ["embedding@8"], "g")
     with pytest.raises(ValueError, match="cannot be part of a group"):
-        editor.group(circuit, ["embedding@8", answer.name], "g")
+        editing.group(circuit, ["embedding@8", answer.name], "g")
     with pytest.raises(ValueError, match="no feature to take out"):
-        editor.ablation(traced, answer, [], "all else frozen")
+        editing.ablation(traced, answer, [], "all else frozen")
 
 
 def test_predictions_are_exact_where_all_else_is_frozen(circuit, traced, answer):
     features = [
         (d["layer"], d["position"], d["feature"]) for _, d in circuit.nodes(data=True) if d["kind"] == "feature"
     ]
-    frozen = editor.ablation(traced, answer, features, "all else frozen")
+    frozen = editing.ablation(traced, answer, features, "all else frozen")
     assert list(frozen["without"])[-1] == "all of them"
     np.testing.assert_allclose(frozen["predicted"], frozen["measured"], atol=1e-3)
-    free = editor.ablation(traced, answer, features, "all else answers")
+    free = editing.ablation(traced, answer, features, "all else answers")
     assert (free["predicted"] - free["measured"]).abs().max() > 0.1
 
 
@@ -211,7 +212,7 @@ def test_free_measurement_is_the_models_own(traced, answer, parts):
     model, transcoders = parts[:2]
     active = traced.active(-1).query("layer == 2")["feature"].tolist()[:3]
     here = len(traced.tokens) - 1
-    rows = editor.ablation(traced, answer, [(2, here, f) for f in active], "all else answers")
+    rows = editing.ablation(traced, answer, [(2, here, f) for f in active], "all else answers")
     hooks = interventions.set_features(2, transcoders[2], active, 0.0, here)
     logits = interventions.run(model, traced.tokens[None], hooks)[0, -1]
     ids = [model.tokenizer(t, add_special_tokens=False).input_ids[0] for t in ("45", "20")]
@@ -376,7 +377,7 @@ def test_a_feature_set_to_a_value(parts):
     feature = shell.circuit.nodes[name]["feature"]
     hooks = interventions.set_features(2, transcoders[2], [feature], 12.5, here)
     after = interventions.run(model, shell.trace.tokens[None], hooks)[0, -1].softmax(-1)
-    changed = editor.edited_trace(shell.trace, [(2, here, feature)], [12.5], HELD[0])
+    changed = editing.edited_trace(shell.trace, [(2, here, feature)], [12.5], HELD[0])
     table = editor.moved_tokens(shell.trace, changed)
     np.testing.assert_allclose(table["after"], after.topk(5).values, atol=1e-4)
     best = int(after.argmax())
@@ -384,7 +385,7 @@ def test_a_feature_set_to_a_value(parts):
     assert table["before"].iloc[0] == pytest.approx(before, abs=1e-5)
     assert table["next_token"].iloc[0] == repr(model.tokenizer.decode([best]))
     assert html.escape(table["next_token"].iloc[0]) in shell.measured.value
-    frozen = editor.ablation(shell.trace, shell.target, [(2, here, feature)], HELD[1], [12.5])
+    frozen = editing.ablation(shell.trace, shell.target, [(2, here, feature)], HELD[1], [12.5])
     np.testing.assert_allclose(frozen["predicted"], frozen["measured"], atol=1e-3)
     shell.to.value = "much"
     shell.set.click()
@@ -420,7 +421,7 @@ def test_named_groups(parts):
 
 def test_a_group_of_heads_stands_among_heads(circuit):
     heads = [n for n, d in circuit.nodes(data=True) if d["kind"] == "head" and d["layer"] == 2][:2]
-    joined = editor.group(circuit, heads, "movers")
+    joined = editing.group(circuit, heads, "movers")
     plan = layout(joined, len(joined))
     rows = {name: height for height, name in plan.rows}
     assert plan.places["movers"][1] == pytest.approx(rows["attn2"])
@@ -446,17 +447,17 @@ def crossed(drawing: str) -> list[str]:
 
 def test_no_edge_runs_through_another_node(circuit):
     heads = [n for n, d in circuit.nodes(data=True) if d["kind"] == "head" and d["layer"] == 2][:2]
-    few = editor.prune(circuit, 15)
-    for drawn in (editor.prune(circuit, 5), few, editor.group(editor.prune(circuit, 15, heads), heads, "movers")):
+    few = editing.prune(circuit, 15)
+    for drawn in (editing.prune(circuit, 5), few, editing.group(editing.prune(circuit, 15, heads), heads, "movers")):
         assert crossed(circuit_svg(drawn, len(drawn))) == []
-    many = editor.prune(circuit, 40)
+    many = editing.prune(circuit, 40)
     assert len(crossed(circuit_svg(many, len(many)))) <= 0.1 * many.number_of_edges()
 
 
 def test_the_drawing_fits_a_page(circuit):
     """Its natural width is at most that of a page, whatever is drawn, and it shrinks with the page."""
     for top in (1, 15, 40):
-        small = editor.prune(circuit, top)
+        small = editing.prune(circuit, top)
         drawing = circuit_svg(small, len(small))
         width = float(re.search(r'viewBox="0 0 (\d+)', drawing)[1])
         assert width < 800 and "width: 100%" in drawing and f"max-width: {width:.0f}px" in drawing
@@ -612,12 +613,12 @@ def test_work_can_be_cancelled():
 def test_many_paths_are_cut(parts, traced, monkeypatch):
     target = targets.logit_difference(traced, "45", "20")
     graph = prompt_graph(traced)
-    whole, _ = editor.search(graph, target, 0.02)
+    whole, _ = editing.search(graph, target, 0.02)
     monkeypatch.setattr(editor, "MOST_PATHS", 10)
-    found, circuit = editor.search(graph, target, 0.02)
+    found, circuit = editing.search(graph, target, 0.02)
     assert found.paths == whole.paths[:10] and found.guarantee == abs(whole.paths[10].contribution)
     assert sum(p.contribution for p in found.paths) + found.remainder == pytest.approx(found.value, abs=1e-3)
-    assert editor.imbalance(circuit) < 1e-4
+    assert editing.imbalance(circuit) < 1e-4
 
 
 def test_pins_survive_another_threshold_and_prompt(parts):
@@ -847,6 +848,6 @@ def test_no_dead_widget_is_committed(path):
 
 
 def test_tables_of_numbers_and_gaps():
-    text = base.table(pd.DataFrame({"a_b": [1.23456, float("nan")], "c": ["<x>", "y"]}), "told")
+    text = markup.table(pd.DataFrame({"a_b": [1.23456, float("nan")], "c": ["<x>", "y"]}), "told")
     assert "a b" in text and "1.235" in text and "none" in text and "&lt;x&gt;" in text
-    assert "0 other" in base.bars([("0 other", 0.0)], "nothing", "none")
+    assert "0 other" in markup.bars([("0 other", 0.0)], "nothing", "none")

@@ -226,7 +226,7 @@ def test_training_evaluation_and_index(models, family, tmp_path):
     model = models(family)
     tokens = torch.randint(0, 40, (48, 16), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 40
-    config = tc.TrainConfig(d_features=64, activation="topk", k=8, steps=40, rows=8, lr=3e-3)
+    config = tc.TrainConfig(d_features=64, activation="topk", k=8, steps=40, batch_rows=8, lr=3e-3)
     trained, _ = tc.train(model, tokens, [0, 2], config)
     table = tc.evaluate(model, trained, tokens[:16])
     assert table["fvu"].max() < 0.9 and table["ce_replaced"].notna().all()

@@ -125,7 +125,7 @@ WRONG_TOKENS = {
 def entrances(model, folder) -> dict:
     """Everything public that takes rows of tokens."""
     transcoders = {0: make_transcoder(0), 1: make_transcoder(1)}
-    config = tc.TrainConfig(d_features=8, steps=1, rows=4)
+    config = tc.TrainConfig(d_features=8, steps=1, batch_rows=4)
     return {
         "evaluate": lambda rows: tc.evaluate(model, transcoders, rows),
         "measure": lambda rows: evaluation.measure(model, transcoders, rows, groups={}),
@@ -263,7 +263,7 @@ OTHERS = {  # of a layer, a head and a position: what the model of two layers, f
         "scale": lambda p, n: p[2].scale("mlp_in", n),
         "ablate": lambda p, n: interventions.run(p[0], p[5], interventions.ablate_mlp(n)),
         "activations": lambda p, n: list(mlp_activations(p[0], p[5], [n])),
-        "train": lambda p, n: tc.train(p[0], p[5], [n], tc.TrainConfig(rows=4, steps=1, d_features=8)),
+        "train": lambda p, n: tc.train(p[0], p[5], [n], tc.TrainConfig(batch_rows=4, steps=1, d_features=8)),
         "keyed": lambda p, n: tc.trace(p[0], {n: p[1][0]}, "w1 w2"),
         "evaluate": lambda p, n: tc.evaluate(p[0], {n: p[1][0]}, p[5]),
         "url": lambda p, n: neuronpedia.neuronpedia_url(-1 if n == 2 else n, 1),

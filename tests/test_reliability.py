@@ -60,7 +60,7 @@ def test_a_disk_that_fills_during_training_costs_checkpoints_only(tmp_path):
 @posix
 def test_too_little_memory_names_the_rows_that_fit(tmp_path):
     said = worker("memory", tmp_path)
-    assert "ValueError: rows = 64 does not fit into memory, but rows = " in said
+    assert "ValueError: batch_rows = 64 does not fit into memory, but batch_rows = " in said
 
 
 def test_a_folder_that_cannot_be_made_is_named_before_training(model, tmp_path):

@@ -16,8 +16,8 @@ from tests.rank_worker import assert_one_and_two_agree, launch
 from tests.tiny import make_model
 
 KINDS = {
-    "relu": {"l1": 0.05},
-    "free relu": {"l1": 0.05, "unit_norm": False},
+    "relu": {"l1_coefficient": 0.05},
+    "free relu": {"l1_coefficient": 0.05, "unit_norm": False},
     "topk": {"activation": "topk", "k": 8},
     "batchtopk": {"activation": "batchtopk", "k": 8},
     "jumprelu": {"activation": "jumprelu", "bandwidth": 0.05, "l0": 0.01},
@@ -151,7 +151,7 @@ def test_500_steps_in_float32_drift_no_more_than_from_another_order_of_tokens(ki
 def test_from_dense_to_screened_through_all_switches(kind):
     """Biases that start at 0: the first steps are dense, later ones exact, then screened; weights stay equal."""
     switches = {"start_l0": None, "sparse_below": 0.2, "screen_below": 0.08}
-    costs = {"l1": 0.3, "lr": 4e-3} if kind == "relu" else {"l0": 0.05, "lr": 4e-3, "bandwidth": 0.05}
+    costs = {"l1_coefficient": 0.3, "lr": 4e-3} if kind == "relu" else {"l0": 0.05, "lr": 4e-3, "bandwidth": 0.05}
     c = config(kind, steps=300, **switches, **costs)
     plain, fast = (cls(0, *data(), c) for cls in (Trainer, SparseTrainer))
     density = []

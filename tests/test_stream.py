@@ -32,7 +32,7 @@ class Numbered:
 )  # fmt: skip
 def test_every_token_of_a_pass_comes_once_and_paired(rows, buffer, passes, spare, seed):
     source = Numbered(2 * rows * buffer + min(spare, rows * buffer - 1), 8)
-    stream = Stream(source, tc.TrainConfig(rows=rows, buffer=buffer, passes=passes, seed=seed))
+    stream = Stream(source, tc.TrainConfig(batch_rows=rows, buffer=buffer, passes=passes, seed=seed))
     seen = torch.zeros(source.n_rows * 8, dtype=torch.int64)
     for step in range(2 * buffer * passes):
         x, y = stream.batch(step)[0]
@@ -44,7 +44,7 @@ def test_every_token_of_a_pass_comes_once_and_paired(rows, buffer, passes, spare
 @settings(max_examples=20, deadline=None)
 @given(step=st.integers(0, 200), before=st.lists(st.integers(0, 200), max_size=5))
 def test_a_batch_depends_on_its_step_alone(step, before):
-    config = tc.TrainConfig(rows=2, buffer=4, passes=2, seed=3)
+    config = tc.TrainConfig(batch_rows=2, buffer=4, passes=2, seed=3)
     used = Stream(Numbered(32, 8), config)
     for other in before:
         used.batch(other)
@@ -53,7 +53,7 @@ def test_a_batch_depends_on_its_step_alone(step, before):
 
 @pytest.mark.parametrize("buffer", [1, 4, 16])
 def test_mixing_is_what_it_says(buffer):
-    config = tc.TrainConfig(rows=4, buffer=buffer)
+    config = tc.TrainConfig(batch_rows=4, buffer=buffer)
     stream, same, pairs = Stream(Numbered(64, 32), config), 0, 0
     for step in range(64):
         row = stream.batch(step)[0][0].flatten() // 32
@@ -64,7 +64,7 @@ def test_mixing_is_what_it_says(buffer):
 
 def test_text_that_does_not_fill_one_buffer_is_refused(model, tokens):
     with pytest.raises(ValueError, match=r"64 rows of 16 tokens, fewer than one buffer \(16 rows x 8\)"):
-        tc.train(model, tokens, [0], tc.TrainConfig(rows=16, buffer=8))
+        tc.train(model, tokens, [0], tc.TrainConfig(batch_rows=16, buffer=8))
 
 
 def test_all_layers_come_from_one_forward_pass(model, tokens, monkeypatch):
@@ -76,7 +76,7 @@ def test_all_layers_come_from_one_forward_pass(model, tokens, monkeypatch):
 
 
 def test_from_disk_is_as_from_the_model(model, tokens, tmp_path):
-    config = tc.TrainConfig(d_features=64, steps=30, rows=4, buffer=4, passes=2)
+    config = tc.TrainConfig(d_features=64, steps=30, batch_rows=4, buffer=4, passes=2)
     cache = training.cache_activations(model, tokens, [0, 1], tmp_path)
     live, _ = tc.train(model, tokens, [0, 1], config)
     cached, _ = tc.train(model, cache, [0, 1], config)
@@ -102,7 +102,7 @@ def test_half_a_cache_is_refused(model, tokens, tmp_path):
 
 
 def test_text_that_does_not_fit_the_model_is_refused(model, tokens):
-    config = tc.TrainConfig(rows=4)
+    config = tc.TrainConfig(batch_rows=4)
     with pytest.raises(ValueError, match="rows .row, pos. of 1 to 16 tokens"):
         tc.train(model, tokens.repeat(1, 2), [0], config)
     with pytest.raises(ValueError, match="has token 99, but the ids of this model go from 0 to 40"):
@@ -110,8 +110,8 @@ def test_text_that_does_not_fit_the_model_is_refused(model, tokens):
 
 
 def test_each_layer_may_have_its_own_price(model, tokens):
-    base = tc.TrainConfig(d_features=64, steps=60, rows=8, lr=3e-3, l1=0.2)
-    trained, history = tc.train(model, tokens, [0, 1], {0: base, 1: base.model_copy(update={"l1": 0.0})})
+    base = tc.TrainConfig(d_features=64, steps=60, batch_rows=8, lr=3e-3, l1_coefficient=0.2)
+    trained, history = tc.train(model, tokens, [0, 1], {0: base, 1: base.model_copy(update={"l1_coefficient": 0.0})})
     assert trained[0].config.training["l1"] == 0.2 and trained[1].config.training["l1"] == 0.0
     last = history.groupby("layer")["l0"].last()
     assert last[0] < 0.7 * last[1]
@@ -121,7 +121,7 @@ def test_watching_sees_every_record(model, tokens, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda figure, display_id: shown.append(figure) or Handle(shown))
     figure = training.LiveFigure(every=10)
-    _, history = tc.train(model, tokens, [0, 1], tc.TrainConfig(d_features=64, steps=40, rows=4), watch=figure)
+    _, history = tc.train(model, tokens, [0, 1], tc.TrainConfig(d_features=64, steps=40, batch_rows=4), watch=figure)
     assert len(figure.records) == len(history) == 80 and len(shown) == 4
     titles = [axis.get_title() for axis in shown[-1].axes]
     assert titles == ["loss", "FVU", "active per token", "dead fraction", "tokens per second"]
@@ -150,5 +150,5 @@ def test_tensorboard_is_written_or_asked_for(tmp_path):
 def test_the_papers_settings_are_a_preset():
     paper = training.PAPER
     assert (paper.d_features, paper.lr, paper.activation) == (24_576, 4e-4, "relu")
-    tokens = paper.steps * paper.rows * 128
+    tokens = paper.steps * paper.batch_rows * 128
     assert tokens == pytest.approx(60e6, rel=0.01) and paper.warmup * paper.steps == pytest.approx(5_000)

@@ -9,7 +9,7 @@ from tclib import evaluation, training
 from tclib.activations import mlp_activations
 from tests.tiny import make_transcoder
 
-CONFIG = tc.TrainConfig(d_features=64, steps=60, rows=8, l1=0.01, lr=3e-3)
+CONFIG = tc.TrainConfig(d_features=64, steps=60, batch_rows=8, l1_coefficient=0.01, lr=3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def test_folded_weights_have_unit_decoder_rows_and_match_the_logged_fvu(model, t
 
 
 def test_a_larger_penalty_is_sparser(model, tokens):
-    sparse, _ = tc.train(model, tokens, [1], CONFIG.model_copy(update={"l1": 0.2}))
-    dense, _ = tc.train(model, tokens, [1], CONFIG.model_copy(update={"l1": 0.0}))
+    sparse, _ = tc.train(model, tokens, [1], CONFIG.model_copy(update={"l1_coefficient": 0.2}))
+    dense, _ = tc.train(model, tokens, [1], CONFIG.model_copy(update={"l1_coefficient": 0.0}))
     l0 = [evaluation.reconstruction(model, t, tokens)["l0"][0] for t in (sparse, dense)]
     assert l0[0] < 0.7 * l0[1]
 
@@ -85,8 +85,24 @@ def test_side_by_side_is_as_alone(model, tokens, trained):
     assert set(history["name"]) == set(configs)
 
 
+def test_names_of_older_files_are_read(model, tokens, tmp_path):
+    older = {"l1": 0.1, "l0": 0.2, "rows": 4, "ramp": 0.3, "pull": 0.5}
+    config = tc.TrainConfig(**older)
+    assert config == tc.TrainConfig(
+        l1_coefficient=0.1, l0_coefficient=0.2, batch_rows=4, sparsity_warmup=0.3, dead_bias_lift=0.5
+    )
+    assert config == tc.TrainConfig().model_copy(update=older)
+    short = CONFIG.model_copy(update={"steps": 2})
+    tc.train(model, tokens, [0], short, run=tmp_path)
+    text = (tmp_path / "run.json").read_text(encoding="utf-8")
+    (tmp_path / "run.json").write_text(
+        text.replace("batch_rows", "rows").replace("l1_coefficient", "l1"), encoding="utf-8"
+    )
+    assert tc.train(model, tokens, [0], short, run=tmp_path)[1]["step"].tolist() == [0, 1]
+
+
 def test_bad_input_gets_one_sentence(model, tokens):
-    with pytest.raises(ValueError, match="agree in steps, rows, buffer, passes and seed"):
+    with pytest.raises(ValueError, match="agree in steps, batch_rows, buffer, passes and seed"):
         configs = {"a": CONFIG, "b": CONFIG.model_copy(update={"seed": 1})}
         training.train_side_by_side(model, tokens, [0], configs)
     with pytest.raises(ValueError, match="layers 0 to 1"):

@@ -42,12 +42,12 @@ def batch_threshold(z: Tensor, k: int, tokens: int) -> Float[Tensor, ""]:
 
 
 def penalty(z: Pre, pre: Pre, transcoder: Transcoder, config: TrainConfig) -> Float[Tensor, ""]:
-    """What the architecture charges, summed over tokens: ``l1 ||z||_1``, ``l0 ||z||_0`` or nothing."""
+    """What the architecture charges, summed over tokens: a coefficient times ``||z||_1`` or ``||z||_0``, or nothing."""
     exact = transcoder.W_dec.dtype  # autocast sums in half precision otherwise
     if config.activation == "relu":
-        return config.l1 * z.sum(dtype=exact)
+        return config.l1_coefficient * z.sum(dtype=exact)
     if config.activation == "jumprelu":
-        return config.l0 * _Count.apply(pre, transcoder.threshold, config.bandwidth).sum(dtype=exact)
+        return config.l0_coefficient * _Count.apply(pre, transcoder.threshold, config.bandwidth).sum(dtype=exact)
     return z.new_zeros((), dtype=exact)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -18,18 +19,31 @@ from pydantic import (
 from tclib.transcoder import Activation
 
 Kind = Literal["transcoder", "sae_in", "sae_out"]
-STREAM = ("steps", "rows", "buffer", "passes", "seed")  # what side-by-side trainings share
+STREAM = ("steps", "batch_rows", "buffer", "passes", "seed")  # what side-by-side trainings share
+
+OLDER = {  # names in older files
+    "l1": "l1_coefficient",
+    "l0": "l0_coefficient",
+    "rows": "batch_rows",
+    "ramp": "sparsity_warmup",
+    "pull": "dead_bias_lift",
+}
+
+
+def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run, under their names of today."""
+    return {OLDER.get(name, name): value for name, value in settings.items()}
 
 
 class TrainConfig(BaseModel):
-    """How to train. Inputs and targets are scaled to unit variance, so one price suits all layers.
+    """How to train. Inputs and targets are scaled to unit variance, so one sparsity coefficient suits all layers.
 
     The loss is ``||y - TC(x)||^2 + penalty``, with the penalty of the architecture:
 
-    * ``relu``: ``l1 * ||z||_1`` (Dunefsky et al. 2024, equation 2)
+    * ``relu``: ``l1_coefficient * ||z||_1`` (Dunefsky et al. 2024, equation 2)
     * ``topk``: none; the ``k`` largest activations of each token are kept (Gao et al. 2024)
     * ``batchtopk``: none; the ``k * tokens`` largest of the whole batch are kept (Bussmann et al. 2024)
-    * ``jumprelu``: ``l0 * ||z||_0`` (Rajamanoharan et al. 2024)
+    * ``jumprelu``: ``l0_coefficient * ||z||_0`` (Rajamanoharan et al. 2024)
 
     With ``skip`` the transcoder also has an affine path past the features (Paulo et al. 2025).
     """
@@ -41,23 +55,23 @@ class TrainConfig(BaseModel):
     activation: Activation = "relu"
     k: PositiveInt | None = None  # active features per token (topk), or on average (batchtopk)
     skip: bool = False
-    l1: NonNegativeFloat = 0.02  # relu: lambda_1 of the paper, in units of the target's total standard deviation
-    l0: NonNegativeFloat = 0.002  # jumprelu: price of one active feature, as a share of the target's variance
+    l1_coefficient: NonNegativeFloat = 0.02  # relu: lambda_1 of the paper, in units of the target's standard deviation
+    l0_coefficient: NonNegativeFloat = 0.002  # jumprelu: cost of an active feature, as a share of the target's variance
     bandwidth: PositiveFloat = 0.03  # jumprelu: width of the window in which thresholds get a gradient
 
     steps: PositiveInt = 1000
-    rows: PositiveInt = 16  # rows of text per step
+    batch_rows: PositiveInt = 16  # rows of text per step
     buffer: PositiveInt = 1  # batches whose tokens are shuffled together
     passes: PositiveInt = 1  # how often the tokens of a buffer are used
     lr: PositiveFloat = 1e-3
     warmup: float = Field(0.05, ge=0, le=1)  # fraction of the steps over which lr rises
     decay: float = Field(0.3, ge=0, le=1)  # fraction of the steps, at the end, over which lr falls to 0
-    ramp: float = Field(0.5, ge=0, le=1)  # fraction of the steps over which l1 or l0 rises
+    sparsity_warmup: float = Field(0.5, ge=0, le=1)  # fraction of the steps over which the coefficient rises
     clip: PositiveFloat | None = None  # largest norm of a gradient
     tied: bool = False  # start with encoder columns along decoder rows
     start_l0: PositiveFloat | None = None  # start the biases so low that about this many features fire
     unit_norm: bool = True  # keep decoder rows at length 1; if not, relu charges z times the length of its row
-    pull: NonNegativeFloat = 0.0  # relu, jumprelu: how fast biases of dead features rise, in units of lr per step
+    dead_bias_lift: NonNegativeFloat = 0.0  # relu, jumprelu: how fast biases of dead features rise, in lr per step
     aux: NonNegativeFloat = 1 / 32  # topk, batchtopk: weight of the error explained by dead features
     dead_after: PositiveInt = 200_000  # tokens without firing after which a feature counts as dead
     sparse_from: PositiveInt = 1024  # features from which inactive ones are skipped (on processors, in full precision)
@@ -65,6 +79,15 @@ class TrainConfig(BaseModel):
     screen_below: float = Field(0.03, ge=0, le=1)  # ... and below this, candidates come from a rounded product
     bfloat16: bool = False  # matrix products in bfloat16: about twice as fast on processors that have it
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, given: Any) -> Any:
+        return with_new_names(given) if isinstance(given, Mapping) else given
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values; older names are taken here too."""
+        return super().model_copy(update=with_new_names(update or {}), deep=deep)
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
@@ -81,9 +104,9 @@ class TrainConfig(BaseModel):
 
 
 # The paper's settings for GPT2-small: 60M tokens in batches of 4096, 5000 steps of warm-up. Its lambda_1 = 1.4e-4
-# stands before a loss that is a mean over d_model = 768 coordinates; ours is a sum, so the price is 768 times that.
-# The public code's ghost gradients aim at the wrong target and are left out.
+# stands before a loss that is a mean over d_model = 768 coordinates; ours is a sum, so the coefficient is 768 times
+# that. The public code's ghost gradients aim at the wrong target and are left out.
 PAPER = TrainConfig(
-    d_features=24_576, l1=1.4e-4 * 768, lr=4e-4, rows=32, steps=14_648, warmup=5_000 / 14_648,
-    decay=0, ramp=0, buffer=8,
+    d_features=24_576, l1_coefficient=1.4e-4 * 768, lr=4e-4, batch_rows=32, steps=14_648, warmup=5_000 / 14_648,
+    decay=0, sparsity_warmup=0, buffer=8,
 )  # fmt: skip

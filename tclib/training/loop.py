@@ -92,7 +92,7 @@ def train_side_by_side(
         The transcoders by name and layer, and the table of `train` with the name in front.
 
     Raises:
-        ValueError: as `train`; or configurations that differ in steps, rows, buffer, passes or seed.
+        ValueError: as `train`; or configurations that differ in steps, batch_rows, buffer, passes or seed.
     """
     tokens = _check(model, tokens, layers)
     settings = {(n, i): _of_layer(c, i) for n, c in configs.items() for i in layers}
@@ -119,7 +119,7 @@ def train_side_by_side(
                 row = _step(trainer, batch, layer, step, folder)
                 rows.append({"name": name, "step": step, "layer": layer, **row})
             if step % every == 0 or step == config.steps - 1:
-                done = (step + 1 - first) * config.rows * stream.source.row_length
+                done = (step + 1 - first) * config.batch_rows * stream.source.row_length
                 rows = [row | {"speed": done / (time.monotonic() - started)} for row in rows]
                 records += rows
                 if folder:
@@ -199,17 +199,19 @@ def _is_memory(error: Exception) -> bool:
 def _rows_that_fit(trainer: Trainer, pair: tuple[Tensor, Tensor]) -> str:
     """Try halves of the batch until forward and backward fit."""
     trainer.adam.zero_grad()
-    rows = trainer.config.rows
+    rows = trainer.config.batch_rows
     while rows > 1:
         rows //= 2
-        count = len(pair[0]) * rows // trainer.config.rows
+        count = len(pair[0]) * rows // trainer.config.batch_rows
         try:
             trainer.gradients(*trainer.scaled(pair[0][:count], pair[1][:count]))
         except (RuntimeError, MemoryError) as error:
             if not _is_memory(error):
                 raise
             continue
-        return f"rows = {trainer.config.rows} does not fit into memory, but rows = {rows} does: lower it"
+        return (
+            f"batch_rows = {trainer.config.batch_rows} does not fit into memory, but batch_rows = {rows} does: lower it"
+        )
     return f"not even one row fits into memory with {trainer.config.d_features} features: train fewer at a time"
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tclib.io.paths import read_text, write_whole
 from tclib.training import distributed
+from tclib.training.config import with_new_names
 from tclib.training.trainer import SCALES, Trainer
 
 KEPT = 2
@@ -138,7 +139,7 @@ def _refuse_another(old: dict, new: dict, folder: Path) -> None:
         if old[key] != new[key]:
             raise ValueError(f"the run in {folder} was begun with {key} {old[key]}, not {new[key]}: use another folder")
     for name in old["settings"].keys() | new["settings"].keys():
-        before, now = old["settings"].get(name, {}), new["settings"].get(name, {})
+        before, now = with_new_names(old["settings"].get(name, {})), new["settings"].get(name, {})
         for key in before.keys() | now.keys():
             if before.get(key) != now.get(key):
                 raise ValueError(

@@ -53,7 +53,7 @@ class ModelSource:
 class Stream:
     """Batch ``step`` is a function of (seed, step) alone, so a run that resumes needs no state of the stream.
 
-    A buffer holds the activations of ``rows * buffer`` rows, drawn without replacement; each batch is a random
+    A buffer holds the activations of ``batch_rows * buffer`` rows, drawn without replacement; each batch is a random
     ``1 / buffer`` of its tokens, and the buffer is used ``passes`` times before the next one. See `mixing`.
 
     Raises:
@@ -62,16 +62,18 @@ class Stream:
 
     def __init__(self, source: Source, config: TrainConfig):
         self.source, self.config = source, config
-        self.rows = config.rows * config.buffer
+        self.rows = config.batch_rows * config.buffer
         self.buffers = source.n_rows // self.rows
         self.loaded: tuple[int, Acts] | None = None
         if self.buffers == 0:
             raise ValueError(
                 f"the text has {source.n_rows} rows of {source.row_length} tokens, fewer than one buffer "
-                f"({config.rows} rows x {config.buffer}): give more text, or lower rows or buffer"
+                f"({config.batch_rows} rows x {config.buffer}): give more text, or lower batch_rows or buffer"
             )
-        if config.rows % distributed.world():
-            raise ValueError(f"rows = {config.rows} cannot be divided among {distributed.world()} processes")
+        if config.batch_rows % distributed.world():
+            raise ValueError(
+                f"batch_rows = {config.batch_rows} cannot be divided among {distributed.world()} processes"
+            )
 
     def sample(self) -> Acts:
         """One buffer of the first rows, from which means, scales and biases are set."""
@@ -106,6 +108,6 @@ class Stream:
 def mixing(config: TrainConfig, row_length: int) -> float:
     """Probability that two tokens of one batch come from the same row of text: 0 would be perfect mixing.
 
-    ``(row_length - 1) / (rows * buffer * row_length - 1)``, since a batch is a uniform draw from its buffer.
+    ``(row_length - 1) / (batch_rows * buffer * row_length - 1)``, since a batch is a uniform draw from its buffer.
     """
-    return (row_length - 1) / (config.rows * config.buffer * row_length - 1)
+    return (row_length - 1) / (config.batch_rows * config.buffer * row_length - 1)

@@ -21,7 +21,7 @@ def rates(config: TrainConfig, step: int) -> tuple[float, float]:
     """Learning rate and ramp of the penalty at a step, as fractions of their full values."""
     done = step / config.steps
     lr = min(1.0, (done + 1 / config.steps) / max(config.warmup, 1e-9), (1 - done) / max(config.decay, 1e-9))
-    return lr, min(1.0, done / max(config.ramp, 1e-9))
+    return lr, min(1.0, done / max(config.sparsity_warmup, 1e-9))
 
 
 class Trainer:
@@ -115,7 +115,7 @@ class Trainer:
             z = activate(t, pre, c)
             error = y - t.decode(z, x).to(y.dtype)
         squared = error.pow(2).sum()
-        loss = squared + ramp * self.price(z, pre) + self.revival(pre, error.detach())
+        loss = squared + ramp * self.penalty(z, pre) + self.revival(pre, error.detach())
         self.adam.zero_grad()
         (loss / (len(x) * distributed.world())).backward()
         for p in self.adam.param_groups[0]["params"]:
@@ -130,8 +130,8 @@ class Trainer:
         """BatchTopK's threshold in this batch."""
         return batch_threshold(z, self.config.k, tokens)
 
-    def price(self, z: Tensor, pre: Tensor) -> Float[Tensor, ""]:
-        """What the architecture charges at the full price, summed over tokens."""
+    def penalty(self, z: Tensor, pre: Tensor) -> Float[Tensor, ""]:
+        """What the architecture charges at the full coefficient, summed over tokens."""
         if self.config.activation == "relu" and not self.config.unit_norm:
             z = z * self.transcoder.W_dec.norm(dim=1)
         return penalty(z, pre, self.transcoder, self.config)
@@ -160,8 +160,8 @@ class Trainer:
             t.W_dec /= t.W_dec.norm(dim=1, keepdim=True)
         if c.activation == "jumprelu":
             t.threshold.clamp_(min=0)
-        if c.pull:
-            t.b_enc += c.pull * self.adam.param_groups[0]["lr"] * self.dead()
+        if c.dead_bias_lift:
+            t.b_enc += c.dead_bias_lift * self.adam.param_groups[0]["lr"] * self.dead()
 
     def dead(self) -> Bool[Tensor, " d_features"]:
         """Features that have not fired for `TrainConfig.dead_after` tokens."""

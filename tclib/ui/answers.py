@@ -13,7 +13,8 @@ from tclib import targets
 from tclib.model import to_token, token_string
 from tclib.targets import Target
 from tclib.tracing import Trace
-from tclib.ui.base import TEXT, prompt_field, shown
+from tclib.ui.base import prompt_field
+from tclib.ui.markup import TEXT, shown
 
 LIKELIEST = 5
 

@@ -7,9 +7,7 @@ is one sentence in the status line, anything else is told there too and raised o
 from __future__ import annotations
 
 import asyncio
-import base64
 import html
-import io
 import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -17,21 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
-import pandas as pd
 from IPython import get_ipython
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from tclib.circuits.path_bounds import finish
-from tclib.plots import NEGATIVE, POSITIVE
 from tclib.tracing import Trace
+from tclib.ui.markup import ERROR, FAINT, LINE, TEXT, shown
 
 if TYPE_CHECKING:
     from tclib.ui.selected import Selected
 
-# JupyterLab's own colours, light and dark; what follows the comma is for other pages.
-TEXT, FAINT = "var(--jp-content-font-color1, #212121)", "var(--jp-content-font-color2, #616161)"
-LINE, ERROR = "var(--jp-border-color1, #bdbdbd)", "var(--jp-error-color1, #b3261e)"
 UNEXPECTED = "unexpected error"  # tests look for it in executed notebooks
 WIDE = w.Layout(width="auto", min_width="300px", max_width="560px", flex="1 1 300px")
 _SCRIPT = html.escape(Path(__file__).with_name("page.js").read_text(encoding="utf-8"), quote=True)
@@ -236,69 +228,6 @@ def replace_options(control: w.Select | w.SelectMultiple | w.Dropdown, options: 
             control.value = kept if kept in values else values[0]
 
 
-def bars(
-    rows: Sequence[tuple[str, float]], caption: str, unit: str, bold: int | None = None, digits: int | None = None
-) -> str:
-    """Signed numbers as bars to the left and right of zero, with the numbers written out.
-
-    Args:
-        rows: name and value, from the top.
-        bold: which row to set in bold.
-        digits: of numbers that have no sign; None writes signs and three digits.
-    """
-    largest = max((abs(value) for _, value in rows), default=0.0) or 1.0
-    lines, form = [], "+.3f" if digits is None else f",.{digits}f"
-    for number, (name, value) in enumerate(rows):
-        width = f"{50 * abs(value) / largest:.1f}%"
-        side = f"left: 50%; background: {POSITIVE}" if value > 0 else f"right: 50%; background: {NEGATIVE}"
-        bar = f'<div style="position: absolute; top: 3px; bottom: 3px; width: {width}; {side}"></div>'
-        axis = f'<div style="position: absolute; left: 50%; top: 0; bottom: 0; border-left: 1px solid {FAINT}"></div>'
-        weight = f"; font-weight: {'bold' if number == bold else 'normal'}"
-        lines.append(
-            f'<tr><th scope="row" style="{_CELL}; text-align: left{weight}">{html.escape(name)}</th>'
-            f'<td style="{_CELL}; min-width: 150px; position: relative">{axis}{bar}</td>'
-            f'<td style="{_CELL}; text-align: right{weight}">{value:{form}}</td></tr>'
-        )
-    return _table_of(f"{caption} ({unit})", "", "".join(lines))
-
-
-def table(frame: pd.DataFrame, caption: str, digits: int = 3) -> str:
-    """A table that a screen reader can read and both themes show."""
-    head = "".join(f'<th scope="col" style="{_CELL}">{html.escape(str(n)).replace("_", " ")}</th>' for n in frame)
-    lines = ("<tr>" + "".join(_cell(value, digits) for value in row) + "</tr>" for row in frame.itertuples(index=False))
-    return _table_of(caption, f"<tr>{head}</tr>", "".join(lines))
-
-
-def paper(inner: str) -> str:
-    """White paper with black ink, for views that were drawn for it, in any theme."""
-    return f'<div style="background: white; color: black; padding: 4px 8px; overflow-x: auto">{inner}</div>'
-
-
-def picture(figure: Figure, told: str, width: int) -> str:
-    """A figure as an image ``width`` pixels wide, with what it shows told in words."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    source = base64.b64encode(buffer.getvalue()).decode()
-    alt = html.escape(told, quote=True)
-    return f'<img alt="{alt}" style="width: {width}px; max-width: 100%" src="data:image/png;base64,{source}">'
-
-
-def download(name: str, kind: str, text: str) -> str:
-    """A link that saves a text as a file; no server has to hold it.
-
-    Args:
-        kind: the media type.
-    """
-    data = base64.b64encode(text.encode()).decode()
-    style = f"color: {TEXT}; text-decoration: underline; padding-right: 12px"
-    return f'<a download="{name}" style="{style}" href="data:{kind};base64,{data}">{name}</a>'
-
-
-def shown(token: str) -> str:
-    """A token with its spaces and line breaks visible."""
-    return repr(token)
-
-
 def token_options(trace: Trace) -> list[tuple[str, int]]:
     """Positions of a prompt, by number and token."""
     return [(f"{position}  {shown(token)}", position) for position, token in enumerate(trace.token_strings)]
@@ -308,19 +237,3 @@ def _by_hand() -> bool:
     """Whether a message of a browser is being answered; otherwise a cell, or a script, sets a control."""
     kernel = getattr(get_ipython(), "kernel", None)
     return kernel is not None and kernel.get_parent().get("header", {}).get("msg_type") == "comm_msg"
-
-
-_CELL = f"padding: 1px 8px; color: {TEXT}; background: transparent"
-
-
-def _table_of(caption: str, head: str, body: str) -> str:
-    style = "border-collapse: collapse; font-size: 12px; line-height: 1.5"
-    title = f"text-align: left; white-space: nowrap; color: {FAINT}; padding: 4px 8px"
-    told = f'<caption style="{title}">{html.escape(caption)}</caption>'
-    return f'<table style="{style}">{told}{head}{body}</table>'
-
-
-def _cell(value: Any, digits: int) -> str:
-    text = "none" if pd.isna(value) else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-    side = "left" if isinstance(value, str) else "right"
-    return f'<td style="{_CELL}; text-align: {side}">{html.escape(text)}</td>'

@@ -20,7 +20,8 @@ from tclib.model import token_strings
 from tclib.plots import highlighted
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
-from tclib.ui.base import TEXT, Explorer, bars, paper, replace_options, shown, whole_number
+from tclib.ui.base import Explorer, replace_options, whole_number
+from tclib.ui.markup import TEXT, bars, paper, shown
 
 if TYPE_CHECKING:
     from tclib.ui.selected import Selected

@@ -16,7 +16,8 @@ from tclib.plots import NEGATIVE, POSITIVE
 from tclib.tasks import greater_than as gt
 from tclib.tasks.unit_sweep import keep_units, rank_units
 from tclib.transcoder import Transcoder
-from tclib.ui.base import Explorer, picture, replace_options
+from tclib.ui.base import Explorer, replace_options
+from tclib.ui.markup import picture
 
 LISTED = 24  # units that can be taken out
 

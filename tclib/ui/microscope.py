@@ -13,7 +13,8 @@ from tclib.connections import logit_lens
 from tclib.plots import highlighted
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
-from tclib.ui.base import FAINT, LINE, TEXT, Explorer, bars, paper, prompt_field, replace_options, shown, token_options
+from tclib.ui.base import Explorer, prompt_field, replace_options, token_options
+from tclib.ui.markup import FAINT, LINE, TEXT, bars, paper, shown
 
 if TYPE_CHECKING:
     from tclib.ui.selected import Selected

@@ -17,7 +17,8 @@ from tclib.targets import Target
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
 from tclib.ui.answers import Question
-from tclib.ui.base import Explorer, bars, replace_options, table
+from tclib.ui.base import Explorer, replace_options
+from tclib.ui.markup import bars, table
 
 if TYPE_CHECKING:
     from tclib.ui.selected import Selected

@@ -21,7 +21,8 @@ from tclib.features.feature_activations import count
 from tclib.features.index import Index
 from tclib.plots import NEGATIVE, POSITIVE
 from tclib.transcoder import Transcoder
-from tclib.ui.base import Explorer, bars, picture, whole_number
+from tclib.ui.base import Explorer, whole_number
+from tclib.ui.markup import bars, picture
 
 if TYPE_CHECKING:
     from tclib.ui.selected import Selected

@@ -3,7 +3,7 @@
 Only active pairs of feature and token have an activation or a gradient, and there are few of them. What is left of the
 dense step is the encoder product that finds them (`active`). The rest are sums over pairs:
 
-    error = y - z W_dec - b_dec        r = dL/d(output) = -2 error        dL/dz = r W_dec^T + price
+    error = y - z W_dec - b_dec        r = dL/d(output) = -2 error        dL/dz = r W_dec^T + cost
     dW_dec = z^T r                     dW_enc = x^T dL/dz                 db_enc = sum of dL/dz
 
 `Trainer` stays the definition: gradients are equal up to the order of sums, and while many features are active it does
@@ -78,19 +78,20 @@ class SparseTrainer(Trainer):
         pull = pairs.dots(t.W_dec, r)  # dL/dz
         if c.activation == "jumprelu":
             window = (pre - threshold).abs() < c.bandwidth / 2
-            through = (threshold * pull + share * ramp * c.l0) * window / -c.bandwidth
+            through = (threshold * pull + share * ramp * c.l0_coefficient) * window / -c.bandwidth
             _grad(t.threshold).zero_().index_add_(0, pairs.feature, through)
-            loss += ramp * c.l0 * count
+            loss += ramp * c.l0_coefficient * count
         if c.activation == "relu":
-            price = torch.full_like(t.b_enc, ramp * c.l1) if c.unit_norm else ramp * c.l1 * t.W_dec.norm(dim=1)
-            loss += (price[pairs.feature] * z).sum()
-            pull += share * price[pairs.feature]
+            lengths = torch.ones_like(t.b_enc) if c.unit_norm else t.W_dec.norm(dim=1)
+            cost = ramp * c.l1_coefficient * lengths
+            loss += (cost[pairs.feature] * z).sum()
+            pull += share * cost[pairs.feature]
         pull *= z > 0
         pairs.feature_sums(z, r, _grad(t.W_dec))
         pairs.feature_sums(pull, x, _grad(t.W_enc).T)
         _grad(t.b_enc).zero_().index_add_(0, pairs.feature, pull)
-        if c.activation == "relu" and not c.unit_norm:  # the price grows with the length of the row
-            paid = torch.zeros_like(t.b_enc).index_add_(0, pairs.feature, z) * price
+        if c.activation == "relu" and not c.unit_norm:  # the cost grows with the length of the row
+            paid = torch.zeros_like(t.b_enc).index_add_(0, pairs.feature, z) * cost
             t.W_dec.grad.addcmul_(t.W_dec, (share * paid / t.W_dec.pow(2).sum(1))[:, None])
         for p in self.adam.param_groups[0]["params"]:
             distributed.total(p.grad)

@@ -1,0 +1,187 @@
+"""Edit a circuit: prune and group its nodes without losing flow, take its features out or set them to a value.
+
+Pure functions of a circuit (`path_graph.merge`) or of a trace; the explorer `tclib.ui.editor` is a shell around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import replace
+
+import networkx as nx
+import pandas as pd
+import torch
+
+from tclib import interventions
+from tclib.activations import hook_out
+from tclib.circuits import validation
+from tclib.circuits.layout import layout
+from tclib.circuits.one_step import BIASES, PromptGraph
+from tclib.circuits.path_bounds import Bounds, finish
+from tclib.circuits.path_graph import UNLISTED, merge
+from tclib.circuits.path_search import SearchResult, searching
+from tclib.targets import Target
+from tclib.tracing import Trace
+
+MOST_TABLES, MOST_PATHS = 400, 300  # of one search, so that it answers soon and can be drawn
+FROZEN: dict[str, tuple[interventions.Frozen, ...]] = {
+    "all else answers": (),
+    "all else frozen": ("patterns", "scales", "mlps"),
+}
+
+
+def search(graph: PromptGraph, target: Target, share: float) -> tuple[SearchResult, nx.DiGraph]:
+    """Paths of at least ``share`` of the target's value, at most `MOST_PATHS`, and the circuit they merge into."""
+    return finish(searched(graph, target, share))
+
+
+def searched(
+    graph: PromptGraph, target: Target, share: float, bounds: Bounds | None = None
+) -> Generator[float, None, tuple[SearchResult, nx.DiGraph]]:
+    """`search` in turns: yields how much of it is done."""
+    least = share * abs(target.value(graph.trace))
+    found = yield from searching(graph, target, least, limit=MOST_TABLES, bounds=bounds)
+    if rest := [path.contribution for path in found.paths[MOST_PATHS:]]:
+        found = replace(
+            found,
+            paths=found.paths[:MOST_PATHS],
+            remainder=found.remainder + sum(rest),
+            absolute=found.absolute + sum(map(abs, rest)),
+            guarantee=max(found.guarantee, abs(rest[0])),
+        )
+    return found, merge(graph, target, found.paths)
+
+
+def contract(circuit: nx.DiGraph, nodes: Collection[str], name: str, **attributes) -> nx.DiGraph:
+    """The circuit with some nodes as one. What flows between it and the others is unchanged, and so are they.
+
+    A node of that name that is there already is joined by them.
+    """
+    members = set(nodes) | ({name} & set(circuit))
+    result = nx.DiGraph(**circuit.graph)
+    result.add_nodes_from((n, dict(d)) for n, d in circuit.nodes(data=True) if n not in members)
+    result.add_node(name, **attributes)
+    for source, reader, weight in circuit.edges(data="weight"):
+        ends = (name if source in members else source, name if reader in members else reader)
+        if ends[0] != ends[1]:
+            before = result.edges[ends]["weight"] if result.has_edge(*ends) else 0.0
+            result.add_edge(*ends, weight=before + weight)
+    result.nodes[name]["contribution"] = float(result.out_degree(name, weight="weight"))
+    return result
+
+
+def prune(circuit: nx.DiGraph, top: int, pinned: Collection[str] = ()) -> nx.DiGraph:
+    """The ``top`` largest nodes, the pinned ones, and from each of these its strongest way to the target; all others
+    become the remainder.
+
+    Raises:
+        ValueError: a pinned node that the circuit does not have.
+    """
+    if unknown := set(pinned) - set(circuit):
+        raise ValueError(f"the circuit has no node {sorted(unknown)[0]!r}: lower the threshold, or unpin it")
+    listed = [n for n in circuit if not apart(circuit, n)]
+    kept = set(sorted(listed, key=lambda n: -abs(circuit.nodes[n]["contribution"]))[:top]) | set(pinned)
+    for node in list(kept):
+        while circuit.nodes[node]["kind"] != "target":
+            node = max(circuit.out_edges(node, data="weight"), key=lambda edge: abs(edge[2]))[1]
+            kept.add(node)
+    dropped = set(listed) - kept - {n for n in circuit if circuit.nodes[n]["kind"] == "target"}
+    return contract(circuit, dropped, "remainder", kind="remainder") if dropped else circuit.copy()
+
+
+def group(circuit: nx.DiGraph, nodes: Collection[str], name: str) -> nx.DiGraph:
+    """Several nodes as one, which stands at the highest layer and last position of its members.
+
+    Raises:
+        ValueError: fewer than two nodes, or one that cannot be grouped.
+    """
+    if len(set(nodes)) < 2:
+        raise ValueError("a group needs at least two nodes: choose several (with Shift or Ctrl)")
+    if wrong := [n for n in nodes if n not in circuit or apart(circuit, n)]:
+        raise ValueError(f"{wrong[0]} cannot be part of a group: choose nodes of the circuit other than the answer")
+    data = [circuit.nodes[n] for n in nodes]
+    top = max(data, key=lambda d: (d.get("layer", -1), d["kind"] != "head"))
+    last = max(data, key=lambda d: d.get("position", 0))
+    place = {k: d[k] for d, keys in ((top, ("layer",)), (last, ("position", "token"))) for k in keys if k in d}
+    if top["kind"] == "head":
+        place["part"] = "attn"
+    return contract(circuit, nodes, name, kind=f"{name} ({len(set(nodes))})", **place)
+
+
+def imbalance(circuit: nx.DiGraph) -> float:
+    """The largest difference between what enters and what leaves a node that is no end; the remainder may be one."""
+    gaps = [
+        abs(circuit.in_degree(n, weight="weight") - circuit.nodes[n]["contribution"])
+        for n, d in circuit.nodes(data=True)
+        if circuit.in_degree(n) and d["kind"] in ("feature", "head", "target")
+    ]
+    return float(max(gaps, default=0.0))
+
+
+def ablation(
+    trace: Trace,
+    target: Target,
+    nodes: Sequence[tuple[int, int, int]],
+    frozen: str,
+    values: Sequence[float] | None = None,
+) -> pd.DataFrame:
+    """Features taken out, or set to a value: predicted and measured change of the target, each alone and all together.
+
+    Args:
+        nodes: (layer, position, feature) of active features.
+        frozen: a key of `FROZEN`. With all else frozen the prediction is exact.
+        values: the activation that each is set to; by default 0.
+
+    Raises:
+        ValueError: no features, a silent one, or skip transcoders with MLPs frozen.
+    """
+    if not nodes:
+        raise ValueError("there is no feature to take out: choose some (heads and tokens cannot be)")
+    values = [0.0] * len(nodes) if values is None else list(values)
+    table = pd.DataFrame(nodes, columns=["layer", "position", "feature"]).assign(new=values)
+    each = validation.compare(trace, table, [target], FROZEN[frozen])
+    names = [
+        f"mlp{layer}[{feature}]@{position}" + (f" = {value:g}" if value else "")
+        for (layer, position, feature), value in zip(nodes, values, strict=True)
+    ]
+    rows = pd.DataFrame({"without": names, "predicted": each["predicted"], "measured": each["measured"]})
+    if len(nodes) > 1:
+        change = target.value(edited_trace(trace, nodes, values, frozen)) - target.value(trace)
+        rows.loc[len(rows)] = ["all of them", rows["predicted"].sum(), change]
+    return rows
+
+
+@torch.no_grad()
+def edited_trace(trace: Trace, nodes: Sequence[tuple[int, int, int]], values: Sequence[float], frozen: str) -> Trace:
+    """The prompt with features set to values, all at once: residual stream, scales and logits are the edited model's.
+
+    Args:
+        nodes, values, frozen: as in `ablation`.
+    """
+    change = {layer: torch.zeros_like(trace.cache[hook_out(layer)]) for layer, _, _ in nodes}
+    for (layer, position, feature), value in zip(nodes, values, strict=True):
+        moved = value - trace.features[layer][position, feature]
+        change[layer][position] += moved * trace.transcoders[layer].W_dec[feature]
+    hooks = interventions.freeze(trace.cache, FROZEN[frozen])
+    writes = {layer: trace.transcoders[layer].config.hook_out for layer in change}
+    hooks += [(writes[layer], lambda y, hook, added=added: y + added) for layer, added in change.items()]
+    needed = {name for name in trace.cache if "hook_resid" in name or name.endswith(("hook_scale", "hook_embed"))}
+    needed.add("ln_final.hook_normalized")
+    with interventions.edited(trace.model, hooks):
+        _, cache = trace.model.run_with_cache(trace.tokens[None], names_filter=needed.__contains__)
+    return replace(trace, cache={name: value[0] for name, value in cache.items()})
+
+
+def account(circuit: nx.DiGraph, target: Target, value: float) -> str:
+    """One sentence: how much of the target comes along what is drawn, and what the rest is."""
+    aside = layout(circuit, len(circuit)).aside
+    said = {"remainder": "smaller paths", "bias": "biases", "error": "what transcoders miss"}
+    parts = [f"{aside[kind]:+.3f} from {name}" for kind, name in said.items() if kind in aside]
+    drawn = f"{value - sum(aside.values()):+.3f} along what is drawn"
+    return f"{target.name} is {value:.3f}: {', '.join([drawn, *parts])}"
+
+
+def apart(circuit: nx.DiGraph, node: str) -> bool:
+    """Whether a node is the target or stands for what no path lists: it can be neither grouped nor taken out."""
+    data = circuit.nodes[node]
+    return data["kind"] in ("target", *BIASES) or (data["kind"] in UNLISTED and "layer" not in data)
