@@ -32,7 +32,7 @@ YEAR_SHARE = 1 / 8  # of the rows, cut from chronicle prose
 CHRONICLE_TOKENS = 2_500_000
 STEPS = 1_143  # what six minutes of one H200 allowed
 RECIPE = training.TrainConfig(
-    d_features=4608, activation="topk", k=32, tied=True, rows=128, buffer=8, passes=2, steps=STEPS, lr=1e-3,
+    d_features=4608, activation="topk", k=32, tied=True, batch_rows=128, buffer=8, passes=2, steps=STEPS, lr=1e-3,
     decay=0.5, clip=1.0, dead_after=500_000,
 )  # fmt: skip
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # tried on one key layer for RATE_STEPS

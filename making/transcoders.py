@@ -99,10 +99,10 @@ def compare(options: argparse.Namespace, device: str) -> None:
     table = []
     for steps in COMPARED_STEPS:
         base = tc.TrainConfig(
-            d_features=512, steps=steps, rows=options.rows, lr=options.lr, activation="topk", k=COMPARED_K,
+            d_features=512, steps=steps, batch_rows=options.rows, lr=options.lr, activation="topk", k=COMPARED_K,
             buffer=4, dead_after=50_000, bfloat16=True, seed=options.seed,
         )  # fmt: skip
-        rows = mixed_rows(options.work, steps * base.rows, model.cfg.n_ctx, model.cfg.bos_token_id, options.seed)
+        rows = mixed_rows(options.work, steps * base.batch_rows, model.cfg.n_ctx, model.cfg.bos_token_id, options.seed)
         configs = {name: base.model_copy(update=change) for name, change in COMPARED.items()}
         trained, _ = training.train_side_by_side(model, rows, layers, configs, progress=True)
         for name, transcoders in trained.items():

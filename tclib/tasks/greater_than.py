@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from tclib.activations import hook_out
 from tclib.chronicle import BACKWARD, SPANS
 from tclib.inputs import check_layers, check_tokens
-from tclib.interventions import EVERYWHERE, Hook, ablate_mlp, hold
+from tclib.interventions import EVERYWHERE, Hook, ablate_mlp, freeze
 from tclib.io.paths import read_text
 
 TEMPLATE = "The NOUN lasted from the year XXYY to the year XX"
@@ -322,5 +322,5 @@ def held_scales(model: TransformerBridge, prompts: Prompts, layer: int) -> Calla
     batches = {}
     for tokens, rows in prompts.batches():
         _, cache = model.run_with_cache(tokens.to(model.cfg.device), names_filter=lambda n: n in names)
-        batches[rows.start] = hold(cache, ["scales"])
+        batches[rows.start] = freeze(cache, ["scales"])
     return lambda rows: batches[rows.start]
