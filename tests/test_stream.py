@@ -109,10 +109,10 @@ def test_text_that_does_not_fit_the_model_is_refused(model, tokens):
         tc.train(model, tokens.clamp(min=99), [0], config)
 
 
-def test_each_layer_may_have_its_own_price(model, tokens):
+def test_each_layer_may_have_its_own_sparsity_coefficient(model, tokens):
     base = tc.TrainConfig(d_features=64, steps=60, batch_rows=8, lr=3e-3, l1_coefficient=0.2)
     trained, history = tc.train(model, tokens, [0, 1], {0: base, 1: base.model_copy(update={"l1_coefficient": 0.0})})
-    assert trained[0].config.training["l1"] == 0.2 and trained[1].config.training["l1"] == 0.0
+    assert trained[0].config.training["l1_coefficient"] == 0.2 and trained[1].config.training["l1_coefficient"] == 0.0
     last = history.groupby("layer")["l0"].last()
     assert last[0] < 0.7 * last[1]
 
