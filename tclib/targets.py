@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.inputs import whole
-from tclib.model import to_token
+from tclib.model import to_token, to_tokens
 from tclib.tracing import Place, Trace
 
 
@@ -117,3 +118,24 @@ def before_cap(trace: Trace) -> str:
 
 def _final(trace: Trace, name: str, position: int, reader: Tensor, bias: float) -> Target:
     return Target(name, "final", trace.model.cfg.n_layers, trace.position(position), torch.as_tensor(reader), bias)
+
+
+def one_token_each(model: TransformerBridge, prompt: str, answer: str, other: str) -> tuple[str, str, str]:
+    """A prompt and two answers as the tokenizer can compare them: at the first token in which the answers differ.
+
+    Tokens that both begin with are moved to the prompt: to a tokenizer that writes digits singly, "45" and "20" are "4"
+    and "2", and "45" and "41" are "5" and "1" behind a prompt that goes on with "4".
+
+    Raises:
+        ValueError: two answers of which one is the beginning of the other, or that are not joined to the prompt token
+            by token.
+    """
+    ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (answer, other)]
+    at = next((i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), None)
+    if at is None:
+        raise ValueError(f"{answer!r} and {other!r} do not differ in any token: give two different next tokens")
+    shared, *apart = (model.tokenizer.decode(part) for part in (ids[0][:at], *([own[at]] for own in ids)))
+    joined = to_tokens(model, prompt + shared).tolist() == to_tokens(model, prompt).tolist() + ids[0][:at]
+    if not joined or [to_token(model, text) for text in apart] != [own[at] for own in ids]:
+        raise ValueError(f"{answer!r} and {other!r} are several tokens each: give two answers of one token")
+    return prompt + shared, *apart

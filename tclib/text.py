@@ -1,4 +1,4 @@
-"""Text as rows of tokens: every row starts with BOS and fills one context."""
+"""Text as rows of tokens: every row starts with BOS and has the same length."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tclib.io.paths import data_path, read_text
 
 # Far from the seeds of the documents that the bundled model and its transcoders were trained on (0, 1, 2, ...).
 UNSEEN_SEEDS = 2_000_000
+ROW = 128  # tokens, as transcoders are usually trained; a context may be thousands long
 
 
 @dataclass(frozen=True)
@@ -30,36 +31,42 @@ class LabelledText:
     labels: np.ndarray  # [row, pos] of str
 
 
-def load_text(model: TransformerBridge, source: str, rows: int, seed: int = 0) -> Int[Tensor, "row pos"]:
+def load_text(
+    model: TransformerBridge, source: str, rows: int, seed: int = 0, width: int = ROW
+) -> Int[Tensor, "row pos"]:
     """Rows of tokens from any source.
 
     Args:
         source: ``"chronicle"`` (generated prose), ``"sampled"`` (text sampled from the bundled model),
             a .txt file or a folder of them, or a Hugging Face dataset id with a ``text`` column (needs a network).
-        rows: how many rows of the model's context length.
+        rows: how many rows.
         seed: which chronicle documents; where in the sampled text to start. Files are read from their beginning.
+        width: tokens in a row; at most the model's context.
 
     Raises:
-        ValueError: an unknown source, one too short for the rows asked for, or a file that is not UTF-8.
+        ValueError: an unknown source, one too short for the rows asked for, rows of less than two tokens, or a
+            file that is not UTF-8.
     """
     if rows < 1:
         raise ValueError(f"rows = {rows}: ask for at least one row of text")
     if source == "chronicle":
-        return chronicle(model, rows, seed).tokens
+        return chronicle(model, rows, seed, width=width).tokens
     if source == "sampled":
-        return _sampled(model, rows, seed)
+        return _sampled(model, rows, seed)[:, :width]
     path = Path(source)
     if path.exists():
         files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path]
-        return pack(model, (read_text(file) for file in files), rows)
+        return pack(model, (read_text(file) for file in files), rows, width)
     if source.count("/") == 1 and not source.startswith((".", "/")):
-        return pack(model, _hub_dataset(source), rows)
+        return pack(model, _hub_dataset(source), rows, width)
     raise ValueError(f"unknown text {source!r}: use 'chronicle', 'sampled', a .txt file, a folder or a dataset id")
 
 
-def chronicle(model: TransformerBridge, rows: int, seed: int = 0, split: str = "train") -> LabelledText:
+def chronicle(
+    model: TransformerBridge, rows: int, seed: int = 0, split: str = "train", width: int = ROW
+) -> LabelledText:
     """Rows of chronicle prose with the label of each token. Documents are packed with BOS between them."""
-    bos, width = bos_id(model), model.cfg.n_ctx
+    bos, width = bos_id(model), _width(model, width)
     first = [] if bos is None else [bos]
     ids: list[int] = []
     labels: list[str] = []
@@ -74,13 +81,13 @@ def chronicle(model: TransformerBridge, rows: int, seed: int = 0, split: str = "
     return LabelledText(_rows(ids, rows, width, first), _label_rows(labels, rows, width, ["bos"] * len(first)))
 
 
-def pack(model: TransformerBridge, texts: Iterable[str], rows: int) -> Int[Tensor, "row pos"]:
+def pack(model: TransformerBridge, texts: Iterable[str], rows: int, width: int = ROW) -> Int[Tensor, "row pos"]:
     """Join texts with BOS between them and cut them into rows that start with BOS.
 
     Raises:
-        ValueError: the texts are shorter than the rows asked for.
+        ValueError: the texts are shorter than the rows asked for, or rows of less than two tokens.
     """
-    bos, width = bos_id(model), model.cfg.n_ctx
+    bos, width = bos_id(model), _width(model, width)
     first = [] if bos is None else [bos]
     ids: list[int] = []
     for text in texts:
@@ -97,6 +104,12 @@ def pack(model: TransformerBridge, texts: Iterable[str], rows: int) -> Int[Tenso
 def text_hash(tokens: Int[Tensor, "row pos"]) -> str:
     """A fingerprint of a text."""
     return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _width(model: TransformerBridge, width: int) -> int:
+    if width < 2:
+        raise ValueError(f"width = {width}: a row has at least two tokens")
+    return min(width, model.cfg.n_ctx)
 
 
 def _rows(ids: list[int], rows: int, width: int, first: list[int]) -> Int[Tensor, "row pos"]:

@@ -270,3 +270,14 @@ def test_wrong_questions_get_one_sentence(models, ask, sentence):
     trace = make_trace(models, 1, 0, seed=6, skip_layer=0)
     with pytest.raises(ValueError, match=sentence):
         ask(trace)
+
+
+def test_answers_of_several_tokens_are_compared_where_they_differ():
+    bundled = tc.load_model(device="cpu")
+    prompt = "The war lasted from the year 1732 to the year 17"
+    assert targets.one_token_each(bundled, prompt, "45", "20") == (prompt, "45", "20")
+    assert targets.one_token_each(bundled, prompt, "4520", "4510") == (f"{prompt}45", "20", "10")
+    with pytest.raises(ValueError, match="'45' and '4520' do not differ in any token"):
+        targets.one_token_each(bundled, prompt, "45", "4520")
+    with pytest.raises(ValueError, match="are several tokens each: give two answers of one token"):
+        targets.one_token_each(bundled, "The wa", "r end", "r was")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,11 +20,13 @@ import pytest
 import tclib as tc
 from tclib.cli import bootstrap, commands, serve, teach
 from tclib.cli import run as run_module
+from tclib.cli.peak import Peak
 from tclib.cli.run import declared_names, literal, run, select, typed
 from tclib.cli.sweep import with_axes
 from tclib.nb import find_headline
 from tclib.nb.teaching import report  # noqa: F401  before a test gives up the right to read its imports
 from tests.conftest import notebook_dict
+from tests.tiny import make_model
 
 REPO = Path(bootstrap.REPO)
 BARE = [f"tclib/{name}" for name in ("__init__.py", "__main__.py", "cli/__init__.py")]
@@ -236,6 +239,32 @@ def test_run_passes_parameters(repo, capsys):
     assert run(arguments, repo) == 0
     printed = capsys.readouterr().out
     assert "layer = 1" in printed and "together" in printed and "available" in printed  # the memory plan
+
+
+def test_a_model_without_transcoders_is_told_what_to_train(repo, write_notebook, tmp_path, capsys):
+    make_model(tmp_path / "model", blocks="llama")
+    capsys.readouterr()  # its bars
+    arguments = ["--model", str(tmp_path / "model"), "--only"]
+    assert run([*arguments, "02"], repo) == 2
+    said = capsys.readouterr()
+    assert f"There are no transcoders for {tmp_path / 'model'} yet: train some, python -m tclib run" in said.err
+    assert '-p layers "[0, 1]" -p save transcoders' in said.err and said.err.count("\n") == 1
+    path = write_notebook(repo / "notebooks/06_trains.ipynb", GOOD, {1: "parameters"})
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook["metadata"]["tclib"] = {"trains": True}
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    assert run([*arguments, "06"], repo) == 0
+    assert re.search(r"06_trains \.\.\. \d+ s, 0\.\d GB, layer = 2", capsys.readouterr().out)
+
+
+def test_a_peak_is_that_of_all_that_was_started():
+    code = "import sys; x = b'1' * 300_000_000; print(flush=True); sys.stdin.read()"
+    with Peak() as peak:
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        child.stdout.readline()
+        time.sleep(0.5)
+        child.communicate()
+    assert 0.3 < peak.gigabytes < 0.4
 
 
 def test_a_name_is_used_once(repo, capsys):

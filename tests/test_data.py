@@ -125,3 +125,17 @@ def test_another_architecture_gets_one_sentence(tmp_path):
     OPTForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="positions and its MLP's activation differ"):
         tc.load_model(str(tmp_path), device="cpu")
+
+
+def test_rows_are_as_wide_as_asked_for_and_no_wider_than_the_context(model, tmp_path):
+    (tmp_path / "long.txt").write_text("the war lasted " * 200, encoding="utf-8")
+    for source in ("chronicle", "sampled", str(tmp_path / "long.txt")):
+        assert tc.load_text(model, source, 3, width=40).shape == (3, 40)
+    assert tc.load_text(model, "chronicle", 2, width=5000).shape == (2, model.cfg.n_ctx)
+    model.cfg.n_ctx, context = 4096, model.cfg.n_ctx  # rows stay short where a context is long
+    try:
+        assert tc.load_text(model, "chronicle", 2).shape == (2, 128)
+    finally:
+        model.cfg.n_ctx = context
+    with pytest.raises(ValueError, match="width = 1: a row has at least two tokens"):
+        tc.load_text(model, "chronicle", 2, width=1)

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import tclib as tc
-from tclib import connections, factorisation, interventions, linearity, targets
+from tclib import connections, factorisation, features, interventions, linearity, targets, ui
 from tclib.activations import mlp_out
 from tclib.blocks import Block, embeddings
 from tclib.circuits import attention, graph, validation
 from tclib.circuits.one_step import prompt_graph
 from tclib.evaluation.baselines import top_neurons
-from tclib.features import build_index, connect
+from tclib.features import connect, dashboard
+from tclib.tasks.shared_prefix import SharedPrefix
+from tclib.ui import dashboard_page
 from tests.tiny import FAMILIES, make_model, make_transcoder
 
 LAYERS, WORDS, HELD = 3, 8, ["patterns", "scales", "values", "mlps"]
@@ -221,11 +223,16 @@ def test_what_lies_outside_a_sliding_window_is_refused(models):
         attention.score_terms(trace, 1, 0, WORDS, 1)
 
 
+@pytest.fixture(scope="module")
+def tokens():
+    rows = torch.randint(0, 40, (48, 16), generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = 40
+    return rows
+
+
 @each_family
-def test_training_evaluation_and_index(models, family, tmp_path):
+def test_training_evaluation_index_and_explorers(models, tokens, family, tmp_path):
     model = models(family)
-    tokens = torch.randint(0, 40, (48, 16), generator=torch.Generator().manual_seed(0))
-    tokens[:, 0] = 40
     config = tc.TrainConfig(d_features=64, activation="topk", k=8, steps=40, batch_rows=8, lr=3e-3)
     trained, _ = tc.train(model, tokens, [0, 2], config)
     table = tc.evaluate(model, trained, tokens[:16])
@@ -233,14 +240,108 @@ def test_training_evaluation_and_index(models, family, tmp_path):
     # Neurons of a gated MLP are what its last matrix reads: keeping all of them changes nothing.
     every = top_neurons(model, 0, model.cfg.d_mlp, torch.zeros(model.cfg.d_mlp))
     torch.testing.assert_close(interventions.run(model, tokens[:2], every), model(tokens[:2]))
-    built = build_index(model, trained, tokens, tmp_path / "index")
-    feature = int((trained[2].encode(_inputs(model, tokens, 2)) > 0).sum(0).argmax())
-    ours = connect.incoming(built, trained, 2, feature).set_index("feature")
-    theirs = connections.data_weighted(model, trained, tokens, 0, 2, feature)
+    built = features.build_index(model, trained, tokens, tmp_path / "index")
+    check_connections(model, trained, tokens, built)
+    check_explorers(model, trained, built)
+
+
+def check_explorers(model, transcoders, built):
+    """Each shows what it is for; what it could not do would stand in its status line."""
+    summary, prompt = features.summarise(built), " ".join(f"w{i}" for i in range(WORDS))
+    feature = int(summary.features.query("layer == 2")["count"].argmax())
+    shown = {
+        "Microscope": ui.Microscope(model, transcoders, prompt),
+        "Browser": ui.Browser(model, transcoders, summary, built),
+        "Walker": ui.Walker(model, transcoders, prompt, "w3", "w1"),
+        "Editor": ui.Editor(model, transcoders, prompt, "w3", "w1"),
+        "Weights": ui.Weights(transcoders, built, 2, feature),
+    }
+    for name, explorer in shown.items():
+        assert explorer.status.value and "Not possible" not in explorer.status.value, (name, explorer.status.value)
+    page = dashboard_page.dashboard_html(dashboard.collect(model, transcoders, built, 2, feature))
+    assert f"mlp2[{feature}]" in page
+
+
+def check_connections(model, transcoders, tokens, built):
+    """What `connect` reads from an index, both ways, is what a pass over the text gives."""
+    feature = int((transcoders[2].encode(_inputs(model, tokens, 2)) > 0).sum(0).argmax())
+    theirs = connections.data_weighted(model, transcoders, tokens, 0, 2, feature)
+    ours = connect.incoming(built, transcoders, 2, feature).query("layer == 0").set_index("feature")
+    some = int(theirs["target_weighted"].abs().argmax())
+    back = connect.outgoing(built, transcoders, 0, some).query("layer == 2").set_index("feature")
     for column in ("input_invariant", "input_x_gradient", "target_weighted"):
         assert ours[column].to_numpy() == pytest.approx(theirs[column].to_numpy(), rel=2e-2, abs=2e-3)
+        assert back[column][feature] == pytest.approx(theirs[column][some], rel=2e-2, abs=2e-3)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
+def test_connections_through_a_norm_after_the_mlp(models, tokens, family, tmp_path):
+    """sparsify's transcoders give the MLP's own output; what is read from an index of them passes the norm's gain and
+    its scale at every token, and shards merge into the bytes of a single run."""
+    trace = make_trace(models, family, before_norm=True, missing=None, activation="topk", k=8)
+    model, transcoders = trace.model, trace.transcoders
+    built = features.build_index(model, transcoders, tokens, tmp_path / "whole")
+    check_connections(model, transcoders, tokens, built)
+    assert len(dashboard.collect(model, transcoders, built, 1, 3).outgoing) == transcoders[2].config.d_features
+    shards = [features.build_index(model, transcoders, tokens, tmp_path / f"{i}", (i, 2)).folder for i in range(2)]
+    merged = features.merge(shards, tmp_path / "merged")
+    assert all(path.read_bytes() == (merged.folder / path.name).read_bytes() for path in built.folder.iterdir())
+
+
+@each_family
+def test_the_sweep_of_greater_than_says_which_property_it_does_not_compute(models, tokens, family):
+    with pytest.raises(
+        ValueError, match="this sweep runs GPT-2's blocks by itself, and its positions are rotary"
+    ) as said:
+        SharedPrefix(models(family), tokens, 0)
+    assert "\n" not in str(said.value)
 
 
 def _inputs(model, tokens, layer):
     _, seen = model.run_with_cache(tokens, names_filter=lambda name: name == f"blocks.{layer}.ln2.hook_normalized")
     return seen[f"blocks.{layer}.ln2.hook_normalized"][:, 1:].flatten(0, 1)
+
+
+@pytest.mark.slow
+def test_a_table_of_the_largest_deviations(models, tokens, capsys):
+    """Relative to the summed absolute values, over processed and plain models; and what a short training explains."""
+    rows = {family: deviations(models, tokens, family) for family in FAMILIES}
+    table = pd.DataFrame(rows).T
+    with capsys.disabled():
+        print(f"\n{table.to_string(float_format=lambda value: f'{value:.2g}')}")
+    for column, bound in (("balance", 1e-5), ("autograd", 1e-5), ("graph", 1e-5), ("query-key", 1e-5)):
+        assert table[column].max() < bound and table[f"{column}, float64"].max() < 1e-10
+    assert table[["FVU, trained", "FVU, evaluated"]].max().max() < 0.9
+
+
+def deviations(models, tokens, family) -> dict[str, float]:
+    largest = {}
+    for double in (False, True):
+        found = []
+        for processed in (False, True):
+            trace = make_trace(models, family, processed, double, skip=True)
+            for target in (targets.logit_difference(trace, "w1", "w2"), targets.feature(trace, 2, 5)):
+                table = tc.attribute(trace, target)
+                size, own = table["contribution"].abs().sum(), table["contribution"]
+                again = linearity.by_autograd(trace, target, table)
+                found.append(
+                    {
+                        "balance": abs(own.sum() - target.value(trace)) / size,
+                        "autograd": (again - own).abs().max() / size,
+                    }
+                )
+            whole = graph.build_graph(trace)
+            explained = whole.nodes["kind"].isin(["feature", "target"]).to_numpy()
+            effects = whole.adjacency.double()[torch.tensor(explained)]
+            value = torch.from_numpy(whole.nodes["value"].to_numpy(float)[explained])
+            terms = attention.score_terms(trace, 2, 1, WORDS, WORDS - 1)
+            products = (terms.query.vectors @ terms.key.vectors.T).double()
+            found.append({
+                "graph": ((effects.sum(1) - value).abs() / effects.abs().sum(1)).max().item(),
+                "query-key": abs(products.sum().item() - terms.value) / products.abs().sum().item(),
+            })  # fmt: skip
+        largest |= {f"{name}{', float64' * double}": worst for name, worst in pd.DataFrame(found).max().items()}
+    config = tc.TrainConfig(d_features=64, activation="topk", k=8, steps=40, batch_rows=8, lr=3e-3)
+    trained, history = tc.train(models(family), tokens, [0, 2], config)
+    largest["FVU, trained"] = history.groupby("layer")["fvu"].last().max()
+    return largest | {"FVU, evaluated": tc.evaluate(models(family), trained, tokens[:16])["fvu"].max()}

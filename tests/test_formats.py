@@ -463,7 +463,7 @@ def test_a_plan_before_anything_is_loaded(tmp_path):
     make_model(tmp_path / "model")
     foreign.original(tmp_path / "transcoders", 0, d=128, f=4096)
     plan = memory_plan(str(tmp_path / "model"), tmp_path / "transcoders", "cpu")["GB"]
-    assert list(plan.index) == ["model", "while it loads", "transcoders", "work", "together", "available"]
+    assert list(plan.index) == ["Python", "model", "while it loads", "transcoders", "work", "together", "available"]
     assert plan["transcoders"] == 0 < plan["model"] < plan["together"] < plan["available"]
     small = memory_plan(str(tmp_path / "model"), tmp_path / "transcoders", "cpu", work=1024)["GB"]
     assert small["work"] == pytest.approx(plan["work"] / 8) and small["model"] == plan["model"]

@@ -16,7 +16,7 @@ from tests.conftest import REPO
 # Fewer prompts and training steps than the bundled model's: the rest of the notebook is what it is there.
 SMALLER = {
     "00": [],
-    "04_": ["-p", "rows", "8", "-p", "steps", "1"],
+    "04_": ["-p", "rows", "64", "-p", "steps", "1"],
     "06": ["-p", "nouns", "['war']", "-p", "centuries", "[14, 17]"],
 }
 

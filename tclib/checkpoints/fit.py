@@ -40,9 +40,9 @@ def check_fit(
     for layer, transcoder in transcoders.items():
         check_belongs(model, layer, transcoder)
     if tokens is None:
-        from tclib.text import load_text  # brings the generator of chronicles, which nobody needs to open a file
+        from tclib.text import ROW, load_text  # brings the generator of chronicles, which nobody needs to open a file
 
-        tokens = load_text(model, "chronicle", -(-TOKENS // model.cfg.n_ctx))[:, :TOKENS]
+        tokens = load_text(model, "chronicle", -(-TOKENS // min(ROW, model.cfg.n_ctx)))
     tokens = check_tokens(model, tokens)
     all_layers = list(range(model.cfg.n_layers))
     kept = {layer: ([], []) for layer in all_layers}

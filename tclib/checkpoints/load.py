@@ -23,6 +23,7 @@ from tclib.io.paths import data_path
 
 WORK_TOKENS = 8192
 BUNDLED = {"bundled": "transcoders", "smollm2": "smollm2/plain", "smollm2-skip": "smollm2/skip"}  # folders of data/
+PYTHON = 450_000_000  # bytes
 DEEPEST = 4  # folders below the one given: Gemma Scope's layer_3/width_16k/average_l0_40/params.npz
 
 
@@ -78,7 +79,8 @@ def memory_plan(
     """What a model and its transcoders need, in GB by part, from the headers of their files; downloads them if need be.
 
     ``while it loads`` is a second copy of the weights; ``work`` an estimate of the largest tables, over so many tokens:
-    once over the vocabulary and 13 times over a layer's features, fitted to notebook 04 at full scale.
+    once over the vocabulary and 13 times over a layer's features, fitted to notebook 04 at full scale. ``Python`` is what
+    a kernel takes with its libraries alone.
     Transcoders that stay in their files take no memory of their own.
 
     Raises:
@@ -92,6 +94,7 @@ def memory_plan(
     size = 4 * sum(math.prod(shape) for shape in weights.values())
     widest = max(layer.open()[0].d_features for layer in stored.values())
     needs = {
+        "Python": PYTHON,
         "model": size,
         "while it loads": size,
         "transcoders": sum(layer.copied_bytes(place, torch.float32) for layer in stored.values()),

@@ -11,12 +11,13 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tclib.cli.bootstrap import REPO, disk_sentence
+from tclib.cli.peak import Peak
 from tclib.io.paths import read_text
 from tclib.nb import (
     Parameter,
@@ -41,6 +42,7 @@ class Result:
 
     name: str
     seconds: float
+    gigabytes: float  # the most memory that its kernel took
     headline: str
     path: Path
     failed: bool
@@ -66,7 +68,8 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
         for number, notebook in enumerate(notebooks, start=1):
             print(f"[{number}/{len(notebooks)}] {notebook.stem} ...", end=" ", flush=True)
             results.append(execute(notebook, folder / notebook.name, typed(notebook, parameters)))
-            print(f"{results[-1].seconds:.0f} s, {results[-1].headline}", flush=True)
+            last = results[-1]
+            print(f"{last.seconds:.0f} s, {last.gigabytes:.1f} GB, {last.headline}", flush=True)
     except KeyboardInterrupt:
         print(f"\nInterrupted: what is finished is kept in {folder}.", file=sys.stderr)
         status = 130
@@ -113,7 +116,8 @@ def placed(name: str, value: Any) -> Any:
 
 def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
     """For another model than the bundled one: give it its published transcoders, fetch both, print what they need and
-    how well they fit. A notebook's metadata may say that its largest tables are small (`work_tokens`).
+    how well they fit. A notebook's metadata may say that its largest tables are small (`work_tokens`), and that it
+    trains its transcoders itself (`trains`).
 
     Raises Refused if they cannot be had, do not belong together or do not fit into memory.
     """
@@ -121,25 +125,52 @@ def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
     if model == "bundled":
         return
     from tclib.checkpoints import check_fit, load_transcoders, memory_plan  # takes seconds to import
-    from tclib.checkpoints.load import WORK_TOKENS
+    from tclib.checkpoints.load import BUNDLED, WORK_TOKENS
     from tclib.io import hub
+    from tclib.io.paths import data_path
     from tclib.model import load_model
 
-    if model in hub.TRANSCODERS:
+    if model in hub.TRANSCODERS or (model in BUNDLED and data_path(BUNDLED[model]).is_dir()):
         parameters.setdefault("transcoders", model)
     where = parameters.get("transcoders", "bundled")
     try:
         about = [json.loads(read_text(path))["metadata"].get("tclib", {}) for path in notebooks]
         work = max(own.get("work_tokens", WORK_TOKENS) for own in about)
         print(f"{memory_plan(model, where, work=work).round(1).to_string()}\n", flush=True)
+        lm = load_model(model)
+        if "transcoders" not in parameters and not _belong(lm, load_transcoders(where)):
+            if not all(own.get("trains") for own in about):
+                raise Refused(train_first(model, lm.cfg.n_layers))
+            return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            fit = check_fit(load_model(model), load_transcoders(where))
+            fit = check_fit(lm, load_transcoders(where))
     except ValueError as error:
         raise Refused(str(error)) from error
     print(f"{fit.round(3).T.to_string()}\n")
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
+
+
+def _belong(model: Any, transcoders: Mapping[int, Any]) -> bool:
+    from tclib.tracing import check_belongs
+
+    try:
+        for layer, transcoder in transcoders.items():
+            check_belongs(model, layer, transcoder)
+    except ValueError:
+        return False
+    return True
+
+
+def train_first(model: str, n_layers: int) -> str:
+    """What to run for a model without transcoders: notebook 01 on two of its later layers, as an example."""
+    layers = [max(0, n_layers * 4 // 5 - 1), n_layers * 4 // 5] if n_layers > 1 else [0]
+    return (
+        f"There are no transcoders for {model} yet: train some, python -m tclib run --model {model} --only 01 --name "
+        f'trained -p layers "{layers}" -p save transcoders, and run this again with -p transcoders '
+        "runs/trained/transcoders."
+    )
 
 
 def typed(notebook: Path, parameters: dict[str, str]) -> dict[str, Any]:
@@ -241,9 +272,9 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
     import papermill
 
     start = time.monotonic()
-    problem = None
+    problem, peak = None, Peak()
     try:
-        with stderr_to(target.parent / "kernels.log"):
+        with stderr_to(target.parent / "kernels.log"), peak:
             papermill.execute_notebook(
                 source,
                 target,
@@ -262,8 +293,8 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
     if problem is None:
         executed = json.loads(target.read_text(encoding="utf-8"))
         headline = find_headline(executed) or "no headline"
-        return Result(source.stem, seconds, headline, target, failed=False)
-    return Result(source.stem, seconds, problem, target, failed=True)
+        return Result(source.stem, seconds, peak.gigabytes, headline, target, failed=False)
+    return Result(source.stem, seconds, peak.gigabytes, problem, target, failed=True)
 
 
 @contextlib.contextmanager
@@ -283,14 +314,14 @@ def stderr_to(log: Path) -> Iterator[None]:
 
 def table(results: Sequence[Result]) -> str:
     """The results as aligned text."""
-    rows = [("notebook", "seconds", "headline", "path")]
+    rows = [("notebook", "seconds", "GB", "headline", "path")]
     for result in results:
         headline = "FAILED" if result.failed else result.headline
-        rows.append((result.name, f"{result.seconds:.0f}", headline, str(result.path)))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        rows.append((result.name, f"{result.seconds:.0f}", f"{result.gigabytes:.1f}", headline, str(result.path)))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
-        f"{name:{widths[0]}}  {seconds:>{widths[1]}}  {headline:{widths[2]}}  {path}"
-        for name, seconds, headline, path in rows
+        f"{name:{widths[0]}}  {seconds:>{widths[1]}}  {peak:>{widths[2]}}  {headline:{widths[3]}}  {path}"
+        for name, seconds, peak, headline, path in rows
     )
 
 

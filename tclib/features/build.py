@@ -113,16 +113,22 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Index:
 def _merge_layer(parts: Sequence[Index], layer: int, folder: Path) -> None:
     offsets = sum(part.offsets[layer] for part in parts)
     np.save(folder / f"layer_{layer}.offsets.npy", offsets)
-    scale = ArrayFile(folder / f"layer_{layer}.scale.npy", np.dtype("<f4"), sum(len(p.scale[layer]) for p in parts))
     files = {name: ArrayFile(folder / f"layer_{layer}.{name}.npy", DTYPES[name], offsets[-1]) for name in FLAT}
+    scales = {"scale": [part.scale[layer] for part in parts]}
+    if layer in parts[0].gain:
+        np.save(folder / f"layer_{layer}.gain.npy", parts[0].gain[layer])
+        scales["after"] = [part.after[layer] for part in parts]
+    for name, pieces in scales.items():
+        files[name] = ArrayFile(folder / f"layer_{layer}.{name}.npy", np.dtype("<f4"), sum(map(len, pieces)))
     try:
-        for part in parts:
-            scale.write(part.scale[layer])
+        for name, pieces in scales.items():
+            for piece in pieces:
+                files[name].write(piece)
         for begin, end in blocks(offsets, MERGED_AT_ONCE):
             for name, piece in _joined(parts, layer, begin, end).items():
                 files[name].write(piece)
     finally:
-        for file in (scale, *files.values()):
+        for file in files.values():
             file.close()
 
 
@@ -161,7 +167,11 @@ def _write_part(model, finders: Mapping[int, ActiveFinder], rows: Tensor, about:
             order = np.argsort(features.astype(np.uint16) if n <= 2**16 else features, kind="stable")
             counts = np.bincount(features, minlength=n)
             np.save(part / f"layer_{layer}.offsets.npy", np.concatenate([[0], counts.cumsum()]).astype("<i8"))
-            np.save(part / f"layer_{layer}.scale.npy", arrays.pop("scale"))
+            for name in ("scale", "after"):
+                if name in arrays:
+                    np.save(part / f"layer_{layer}.{name}.npy", arrays.pop(name))
+            if (after := norm_after(model, layer, finder.transcoder.config.hook_out)) is not None:
+                np.save(part / f"layer_{layer}.gain.npy", after.gain.float().cpu().numpy())
             for name, array in arrays.items():
                 np.save(part / f"layer_{layer}.{name}.npy", array[order].astype(DTYPES[name]))
         finish(part, about)
@@ -171,24 +181,28 @@ def _write_part(model, finders: Mapping[int, ActiveFinder], rows: Tensor, about:
 def active_pairs(
     model: TransformerBridge, finders: Mapping[int, ActiveFinder], rows: Int[Tensor, "row pos"], first_row: int
 ) -> dict[int, dict[str, np.ndarray]]:
-    """By layer: ``features``, ``positions`` and ``values`` of a batch's active pairs, and the LayerNorm's ``scale``."""
+    """By layer: ``features``, ``positions`` and ``values`` of a batch's active pairs, the ``scale`` of the norm before
+    the MLP, and, if the transcoder writes through a norm, that norm's scale as ``after``."""
     rows = rows.to(model.cfg.device)
-    norms = {layer: Block.of(model, layer).before_mlp for layer in finders}
-    scales = {layer: f"{norm.hook}.hook_scale" for layer, norm in norms.items() if norm is not None}
+    norms = {("scale", layer): Block.of(model, layer).before_mlp for layer in finders}
+    norms |= {("after", at): norm_after(model, at, f.transcoder.config.hook_out) for at, f in finders.items()}
+    scales = {place: f"{norm.hook}.hook_scale" for place, norm in norms.items() if norm is not None}
     reads = {layer: finder.transcoder.config.hook_in for layer, finder in finders.items()}
     cache = _run(model, rows, {*reads.values(), *scales.values()}, max(finders) + 1)
     keep = words(model, rows).flatten()
     places = keep.nonzero().squeeze(1).cpu().numpy() + first_row * rows.shape[1]
     found = {}
     for layer, finder in finders.items():
-        scale = cache[scales[layer]] if layer in scales else torch.ones_like(rows)
         pairs = finder(cache[reads[layer]].flatten(0, 1)[keep])
         found[layer] = {
             "features": pairs.features,
             "positions": places[pairs.tokens].astype(np.int32),
             "values": pairs.values,
-            "scale": scale.flatten().float().cpu().numpy(),
+            "scale": np.ones(rows.numel(), np.float32),
         }
+        for (name, at), hook in scales.items():
+            if at == layer:
+                found[layer][name] = cache[hook].flatten().float().cpu().numpy()
     return found
 
 
@@ -261,11 +275,10 @@ def _about(model, transcoders, tokens: Tensor, start: int, stop: int) -> dict:
     }
     blocks = {layer: Block.of(model, layer) for layer in transcoders}
     if not all(block.before_mlp is not None and block.before_mlp.centres for block in blocks.values()):
-        about["centres"] = (
-            False  # nothing centres the stream before it is read: `tclib.features.connect` must not either
-        )
-    if any(norm_after(model, layer, t.config.hook_out) is not None for layer, t in transcoders.items()):
-        about["norm_after"] = True
+        about["centres"] = False  # nothing centres what is read, so `tclib.features.connect` must not either
+    after = {layer: norm_after(model, layer, t.config.hook_out) for layer, t in transcoders.items()}
+    if any(after.values()):  # by layer, whether the norm that its transcoder writes through centres
+        about["norm_after"] = {str(layer): norm.centres for layer, norm in sorted(after.items()) if norm is not None}
     return json.loads(json.dumps(about))
 
 

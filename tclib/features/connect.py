@@ -1,7 +1,8 @@
 """Strongest connections of a feature, by weights alone and weighted by the text of an index, without another pass.
 
-With V = f_dec . f_enc (centred if the norm centres), z the later and z_i the earlier activation, scale the LayerNorm
-scale at the later layer's MLP, over all tokens but BOS (as `tclib.connections.data_weighted`):
+With V = f_dec . f_enc (centred if the norm centres), z the later and z_i the earlier activation, scale that of the norm
+before the later layer's MLP, over all tokens but BOS (as `tclib.connections.data_weighted`). Where the earlier
+transcoder writes through a norm (Gemma 2 and 3, OLMo 2), its gain is part of V and its scale of ``scale``:
 
     input_x_gradient = V E[ 1(z > 0) z_i / scale ]
     target_weighted  = V E[ z z_i / scale ] / E[ z ]
@@ -14,6 +15,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tclib.features.index import Index, NeverFired
 from tclib.features.search import sums
@@ -32,10 +35,10 @@ def incoming(index: Index, transcoders: Mapping[int, Transcoder], layer: int, fe
         the feature never fired.
     """
     feature = _feature(index, transcoders, layer, feature)
-    f_enc = _centred(index, transcoders[layer].W_enc[:, feature]).cpu()
+    f_enc = _centred(index, transcoders[layer].W_enc[:, feature].cpu())
     tables = [_empty()]
     for earlier in sorted(at for at in transcoders if at < layer):
-        V = (transcoders[earlier].W_dec.cpu() @ f_enc).numpy()
+        V = (transcoders[earlier].W_dec.cpu() @ _written(index, earlier, f_enc)).numpy()
         table = pd.DataFrame({"layer": earlier, "feature": np.arange(len(V)), "input_invariant": V})
         try:
             positions, values = index.entries(layer, feature)
@@ -43,7 +46,7 @@ def incoming(index: Index, transcoders: Mapping[int, Transcoder], layer: int, fe
             tables.append(table)
             continue
         fires, strength = _at(index, positions, 1.0), _at(index, positions, values)
-        scale = index.scale[layer]
+        scale = index.scale[layer] * index.after.get(earlier, np.float32(1))
         table["input_x_gradient"] = V * sums(index, earlier, fires / scale, activations=True) / index.n_tokens
         total = values.sum(dtype=np.float64)
         table["target_weighted"] = V * sums(index, earlier, strength / scale, activations=True) / total
@@ -55,17 +58,17 @@ def incoming(index: Index, transcoders: Mapping[int, Transcoder], layer: int, fe
 def outgoing(index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int) -> pd.DataFrame:
     """Every feature of every later layer as a reader of one feature, on the direct path; columns as `incoming`."""
     feature = _feature(index, transcoders, layer, feature)
-    f_dec = _centred(index, transcoders[layer].W_dec[feature]).cpu()
+    f_dec = transcoders[layer].W_dec[feature].cpu()
     tables = [_empty()]
     for later in sorted(at for at in transcoders if at > layer):
-        V = (f_dec @ transcoders[later].W_enc.cpu()).numpy()
+        V = (_written(index, layer, _centred(index, transcoders[later].W_enc.T.cpu())) @ f_dec).numpy()
         table = pd.DataFrame({"layer": later, "feature": np.arange(len(V)), "input_invariant": V})
         try:
             positions, values = index.entries(layer, feature)
         except NeverFired:
             tables.append(table)
             continue
-        written = _at(index, positions, values) / index.scale[later]
+        written = _at(index, positions, values) / index.scale[later] / index.after.get(layer, np.float32(1))
         table["input_x_gradient"] = V * sums(index, later, written) / index.n_tokens
         totals = sums(index, later, np.ones(len(written), np.float32), activations=True)
         together = sums(index, later, written, activations=True)
@@ -83,13 +86,16 @@ def _feature(index: Index, transcoders: Mapping[int, Transcoder], layer: int, fe
     return feature_of(transcoders, layer, index.feature(layer, feature))
 
 
-def _centred(index: Index, vector: torch.Tensor) -> torch.Tensor:
-    if index.about.get("norm_after"):
-        raise ValueError(
-            "these transcoders write through a norm, whose scales the index does not have: use "
-            "tclib.connections.data_weighted"
-        )
-    return vector - vector.mean() if index.about.get("centres", True) else vector
+def _centred(index: Index, readers: Float[Tensor, "*reader d_model"]) -> Float[Tensor, "*reader d_model"]:
+    return readers - readers.mean(-1, keepdim=True) if index.about.get("centres", True) else readers
+
+
+def _written(index: Index, layer: int, readers: Float[Tensor, "*reader d_model"]) -> Float[Tensor, "*reader d_model"]:
+    """Readers of the stream as readers of a layer's decoder rows, which may pass a norm (without its scale)."""
+    if layer not in index.gain:
+        return readers
+    gained = readers * torch.from_numpy(np.array(index.gain[layer]))
+    return gained - gained.mean(-1, keepdim=True) if index.about["norm_after"][str(layer)] else gained
 
 
 def _at(index: Index, positions: np.ndarray, values) -> np.ndarray:

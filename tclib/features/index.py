@@ -5,7 +5,9 @@ tokens.npy               int32 [row, pos], the text
 layer_0.offsets.npy      int64 [feature + 1]; feature f has the entries offsets[f] to offsets[f + 1] of ...
 layer_0.positions.npy    int32: row * width + pos, counted from the first row of the whole text, ascending
 layer_0.values.npy       float16: activations
-layer_0.scale.npy        float32 [row * width]: what the LayerNorm before the MLP divided by
+layer_0.scale.npy        float32 [row * width]: what the norm before the MLP divided by
+layer_0.after.npy        float32 [row * width]: the same of the norm that the transcoder writes through, if there is one
+layer_0.gain.npy         float32 [d_model]: the gain of that norm
 layer_0.often.npy        commonest tokens of features that fire often (`tclib.features.common_tokens`)
 
 A folder appears whole or not at all. Where BOS stands nothing is kept: it is the same vector in every row and no word.
@@ -65,6 +67,10 @@ class Index:
             self.tokens = self._load("tokens")
             self.offsets = {layer: np.array(self._load(f"layer_{layer}.offsets")) for layer in self.layers}
             self.scale = {layer: self._load(f"layer_{layer}.scale") for layer in self.layers}
+            through = [int(layer) for layer in self.about.get("norm_after", ())]
+            self.after, self.gain = (
+                {layer: self._load(f"layer_{layer}.{name}") for layer in through} for name in ("after", "gain")
+            )
             self._flat = {(layer, name): self._load(f"layer_{layer}.{name}") for layer in self.layers for name in FLAT}
             self._often = {layer: self._load(f"layer_{layer}.often") for layer in self.layers}
             if any(table.dtype != ROW for table in self._often.values()):

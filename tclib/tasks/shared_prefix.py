@@ -133,10 +133,17 @@ class SharedPrefix:
 
 
 def check_supported(model: TransformerBridge) -> None:
-    """Raise ValueError for blocks that this module does not compute."""
+    """Refuse blocks that this module does not compute, naming the property."""
     cfg = model.cfg
-    gpt2 = cfg.positional_embedding_type == "standard" and cfg.act_fn == "gelu_new"
-    if not gpt2 or getattr(cfg, "parallel_attn_mlp", False):
-        raise ValueError(f"{cfg.model_name} does not have GPT-2's blocks, which this sweep is written for")
-    if not bool((model.ln_final.weight == 1).all()):
-        raise ValueError("this sweep needs a processed model: load it with tclib.load_model(name)")
+    reasons = {
+        "its positions are rotary": cfg.positional_embedding_type != "standard",
+        "its attention and MLP are in parallel": getattr(cfg, "parallel_attn_mlp", False),
+        "its MLPs compute another activation": cfg.act_fn != "gelu_new",
+        "its norms have gains (tclib.load_model(name) folds them)": not bool((model.ln_final.weight == 1).all()),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(
+                f"this sweep runs GPT-2's blocks by itself, and {reason}: on {cfg.model_name} use "
+                "tclib.tasks.greater_than.run with the hooks of tclib.interventions"
+            )

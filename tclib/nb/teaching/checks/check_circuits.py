@@ -73,10 +73,10 @@ def two_tokens(
     Expected: the MLP run on each input plus and minus a little of ``written``, its output read with ``read``.
     """
     tried = f"the MLP run on {len(inputs)} inputs, each moved a little both ways along the SAE feature"
-    norm, mlp = trace.model.blocks[layer].ln2, trace.model.blocks[layer].mlp
+    norm, mlp = trace.block(layer).before_mlp, trace.model.blocks[layer].mlp
     step = 0.01 * inputs.norm(dim=1).mean() / written.norm()
     with torch.no_grad():
-        up, down = (mlp((norm.weight * (inputs + s * written) + norm.bias)[None])[0] for s in (step, -step))
+        up, down = (mlp((norm.gain * (inputs + s * written) + norm.bias)[None])[0] for s in (step, -step))
     factors = (up - down) @ read / (2 * step)
     high, low = int(factors.argmax()), int(factors.argmin())
     wanted = f"({high}, {low}), with factors {factors[high]:.3f} and {factors[low]:.3f}"
