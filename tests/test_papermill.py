@@ -30,7 +30,7 @@ SECOND_SET: dict[str, dict[str, Any]] = {
         "seed": 1,
     },
     "01_train_transcoders": {
-        "layer": 0,
+        "layers": [0],
         "text": "sampled",
         "rows": 256,
         "d_features": 256,
