@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tclib.tasks import greater_than as gt
-from tclib.tasks.templates import TEMPLATE, check_template, fill
+from tclib.tasks.templates import TEMPLATE, fill
 
 Asks = Literal["years", "units", "tens"]
 
@@ -71,8 +71,7 @@ def prompts(
         raise ValueError(f"asks is one of {', '.join(get_args(Asks))}, not {asks!r}")
     if asks == "years":
         return gt.prompts(tokenizer, nouns, centuries, years, template)
-    check_template(template)
-    gt.check_asked(nouns, centuries, years)
+    gt.check_asked(template, nouns, centuries, years)
     if not tokenizer.is_fast:
         raise ValueError("greater-than needs a fast tokenizer, which tells where each token stands in the text")
     units = asks == "units"

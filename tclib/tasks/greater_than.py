@@ -35,11 +35,10 @@ CENTURIES = (11, 12, 14, 15, 16, 17, 18)  # the bundled model's text has no year
 class Prompts:
     """A task: prompts of one template, the tokens that can answer them, and which of those are right.
 
-    ``groups`` has one tensor of tokens, BOS first, for each length, so that the last column is the last token. Row i
-    of ``frame`` (noun, century, year; see `tclib.tasks.digits` for others) is row i of the groups laid end to end.
-    ``dropped`` (century, year) are years that the tokenizer does not write as one token for the century and one for YY.
-    ``answers`` are the tokens of 00 to 99, or of 0 to 9. Those above the number in the column ``compared`` are right,
-    and, where not ``strict``, that number itself.
+    ``groups`` has one tensor of tokens, BOS first, per length: its last column is the last token. Row i of ``frame``
+    (noun, century, year; others in `tclib.tasks.digits`) is row i of the groups laid end to end. ``dropped`` (century,
+    year) are years that the tokenizer writes otherwise. ``answers`` are the tokens of 00 to 99, or of 0 to 9: those
+    above the number in the column ``compared`` are right, and, where not ``strict``, that number itself.
     """
 
     groups: tuple[Int[Tensor, "prompt pos"], ...]
@@ -116,8 +115,7 @@ def prompts(
     Raises:
         ValueError: another template, a tokenizer that cannot express any of the years, or nothing asked for.
     """
-    check_template(template)
-    check_asked(nouns, centuries, years)
+    check_asked(template, nouns, centuries, years)
     if tokenizer.bos_token_id is None or not tokenizer.is_fast:
         raise ValueError("greater-than needs a fast tokenizer with a BOS token")
     year_ids = year_tokens(tokenizer).tolist()
@@ -125,8 +123,7 @@ def prompts(
     rows = [(noun, int(century), int(year)) for noun in nouns for century in centuries for year in years]
     texts = [fill(template, *row) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    by_length: dict[int, list] = {}
-    dropped = set()
+    by_length, dropped = {}, set()
     for row, text, ids, spans in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         noun, century, year = row
         end = len(fill(before_year, noun, century, year)) + 4
@@ -144,12 +141,12 @@ def prompts(
     groups = tuple(torch.tensor([ids for _, ids in group]) for group in by_length.values())
     kept = [row for group in by_length.values() for row, _ in group]
     frame = pd.DataFrame(kept, columns=["noun", "century", "year"])
-    dropped_years = pd.DataFrame(sorted(dropped), columns=["century", "year"])
-    return Prompts(groups, frame, dropped_years, torch.tensor(year_ids))
+    return Prompts(groups, frame, pd.DataFrame(sorted(dropped), columns=["century", "year"]), torch.tensor(year_ids))
 
 
-def check_asked(nouns: Sequence[str], centuries: Sequence[int], years: Sequence[int]) -> None:
-    """Raise ValueError unless there is at least one of each, none twice, and the years lie between 0 and 99."""
+def check_asked(template: str, nouns: Sequence[str], centuries: Sequence[int], years: Sequence[int]) -> None:
+    """Raise ValueError for another template, none of something, one of them twice, or years not between 0 and 99."""
+    check_template(template)
     if not (len(nouns) and len(centuries) and len(years)) or min(years) < 0 or max(years) > 99:
         raise ValueError("give at least one noun, one century and one year, years between 0 and 99")
     if any(len(set(items)) < len(items) for items in (nouns, centuries, years)):
