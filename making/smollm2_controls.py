@@ -28,10 +28,10 @@ def main(folders: list[str]) -> None:
     sets = {Path(folder).name: tc.load_transcoders(folder) for folder in folders}
     rows = []
     for layer in LAYERS:
-        neurons = units.Units.of(model, prompts, layer)
+        neurons = units.Units.of(last, layer)
         rows.append({"MLP": layer, "units": "neurons", **measured(last, neurons)})
         for name, transcoders in sets.items():
-            features = units.Units.of(model, prompts, layer, transcoders[layer])
+            features = units.Units.of(last, layer, transcoders[layer])
             config = transcoders[layer].config
             row = {"MLP": layer, "units": name, "features": config.d_features, "skip": config.skip}
             rows.append(row | measured(last, features))

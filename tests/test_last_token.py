@@ -90,6 +90,19 @@ def test_other_places_are_refused(models, name):
         LastToken(models("llama", True), task()).answers({"blocks.7.hook_mlp_out": torch.zeros(PROMPTS, 32)})
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_activations_are_those_of_a_whole_pass(models, family):
+    model, prompts = models(family, True), task()
+    names = [f"blocks.1.{name}" for name in (*PLACES, "mlp.hook_post", "mlp.hook_pre", "ln2.hook_normalized")]
+    last = LastToken(model, prompts, 3)
+    for name, mine, whole in zip(
+        names, last.activations(1, names), gt.at_last_token(model, prompts, 1, names), strict=True
+    ):
+        assert_close(mine, whole, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    with pytest.raises(ValueError, match="'blocks.1.hook_resid_mid' is no hook of layer 1 that is seen here"):
+        last.activations(1, ["blocks.1.hook_resid_mid"])
+
+
 def test_parts_and_heads_at_their_means(models):
     model, prompts = models("llama", True), task()
     last = LastToken(model, prompts, 3)

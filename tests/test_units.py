@@ -25,7 +25,7 @@ def model(request, models):  # noqa: F811
 
 def test_none_is_the_mean_and_all_neurons_are_the_model(model):
     prompts = task()
-    last, neurons = LastToken(model, prompts), units.Units.of(model, prompts, LAYER)
+    last, neurons = LastToken(model, prompts), units.Units.of(LastToken(model, prompts), LAYER)
     (out,) = gt.at_last_token(model, prompts, LAYER, [hook_out(LAYER)])
     mean = gt.mean_over_years(out, prompts)
     order = units.ranked(neurons.written())
@@ -40,7 +40,10 @@ def test_none_is_the_mean_and_all_neurons_are_the_model(model):
 def test_features_start_where_neurons_do(model, skip):
     prompts, transcoder = task(), make_transcoder(LAYER, skip=skip)
     last = LastToken(model, prompts)
-    features, neurons = units.Units.of(model, prompts, LAYER, transcoder), units.Units.of(model, prompts, LAYER)
+    features, neurons = (
+        units.Units.of(LastToken(model, prompts), LAYER, transcoder),
+        units.Units.of(LastToken(model, prompts), LAYER),
+    )
     order = units.ranked(features.written())
     start = units.kl_kept(last, features, order, [0])
     np.testing.assert_allclose(start, units.kl_kept(last, neurons, order, [0]), atol=1e-6)
@@ -51,7 +54,7 @@ def test_features_start_where_neurons_do(model, skip):
 
 def test_kept_features_are_those_of_the_hooks(model):
     prompts, transcoder = task(), make_transcoder(LAYER)
-    features, kept = units.Units.of(model, prompts, LAYER, transcoder), torch.tensor([3, 0, 7])
+    features, kept = units.Units.of(LastToken(model, prompts), LAYER, transcoder), torch.tensor([3, 0, 7])
     x, out = gt.at_last_token(model, prompts, LAYER, [hook_in(LAYER), hook_out(LAYER)])
     z = transcoder.encode(x)
     one = gt.mean_over_years(z, prompts)
@@ -63,7 +66,7 @@ def test_kept_features_are_those_of_the_hooks(model):
 
 def test_orders(model):
     prompts = task()
-    neurons = units.Units.of(model, prompts, LAYER)
+    neurons = units.Units.of(LastToken(model, prompts), LAYER)
     by_hand = [(neurons.deviations[:, i, None] * neurons.writes[i]).square().sum(1).mean() for i in range(5)]
     assert_close(neurons.written()[:5], torch.stack(by_hand))
     U = torch.randn(32, 10)
@@ -78,14 +81,14 @@ def test_orders(model):
 def test_what_does_not_fit_is_refused(model):
     prompts = task()
     with pytest.raises(ValueError, match="this transcoder writes to blocks.0.hook_mlp_out, not to blocks.1"):
-        units.Units.of(model, prompts, 1, make_transcoder(0))
+        units.Units.of(LastToken(model, prompts), 1, make_transcoder(0))
     with pytest.raises(ValueError, match="at least 0"):
-        units.kl_kept(LastToken(model, prompts), units.Units.of(model, prompts, 1), torch.arange(3), [-1])
+        units.kl_kept(LastToken(model, prompts), units.Units.of(LastToken(model, prompts), 1), torch.arange(3), [-1])
 
 
 def test_controls_of_gated_neurons(models):  # noqa: F811
     model, prompts = models("llama", True), task()
-    kinds = units.gated_controls(model, prompts, LAYER)
+    kinds = units.gated_controls(LastToken(model, prompts), LAYER)
     last, ks = LastToken(model, prompts), [0, 10**6]
     kl = {name: units.kl_kept(last, group, units.ranked(group.written()), ks).mean(1) for name, group in kinds.items()}
     for name in ("neurons", "cut in two", "principal directions"):
@@ -98,12 +101,12 @@ def test_controls_of_gated_neurons(models):  # noqa: F811
     by_hand = torch.nn.functional.silu(gate) * gt.mean_over_years(value, prompts)
     assert_close(kinds["only the gate moves"].activations, by_hand, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="for gated MLPs"):
-        units.gated_controls(models("gpt2", True), prompts, LAYER)
+        units.gated_controls(LastToken(models("gpt2", True), prompts), LAYER)
 
 
 def test_names_and_likeness(model):
     prompts = task()
-    neurons = units.Units.of(model, prompts, LAYER)
+    neurons = units.Units.of(LastToken(model, prompts), LAYER)
     assert_close(neurons.likeness(neurons).diagonal(), torch.ones(neurons.writes.shape[0]), atol=1e-4, rtol=0)
     turned = units.Units.made(prompts, LAYER, -neurons.activations, -neurons.writes, neurons.rest)
     assert_close(neurons.likeness(turned).diagonal(), torch.ones(neurons.writes.shape[0]), atol=1e-4, rtol=0)

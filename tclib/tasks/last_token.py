@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import pandas as pd
@@ -85,16 +86,31 @@ class LastToken:
         return gt.kl_to(self.answers(), self.answers(edits))
 
     @torch.no_grad()
-    def written(self, place: str) -> list[Float[Tensor, "prompt ..."]]:
-        """What one of `PLACES` of each layer writes at the last token, in the order of the prompts."""
-        names = [f"blocks.{layer}.{place}" for layer in range(len(self.blocks))]
-        parts: dict[str, list[Tensor]] = {name: [] for name in names}
-        for tokens, _ in self.prompts.batches():
-            tokens = tokens.to(self.model.cfg.device)
-            _, cache = self.model.run_with_cache(tokens, names_filter=lambda name: name in parts)
-            for name, values in parts.items():
-                values.append(cache[name][:, -1].clone())
-        return [torch.cat(values) for values in parts.values()]
+    def activations(self, layer: int, names: Sequence[str]) -> list[Float[Tensor, "prompt ..."]]:
+        """What some hooks of a layer see at the last token, without another pass: one tensor for each of ``names``.
+
+        Args:
+            names: of `PLACES`, of the MLP (``blocks.23.mlp.hook_post``), or ``blocks.23.ln2.hook_normalized``.
+
+        Raises:
+            ValueError: a layer that does not exist, or a hook of another place.
+        """
+        check_layers(self.model, [layer])
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+        def grab(value: Tensor, hook, name: str) -> None:
+            found[name].append(value[:, -1])
+
+        hooks = [(name, partial(grab, name=name)) for name in names if name.startswith(f"blocks.{layer}.mlp.")]
+        for batch in self.batches:
+            with self.model.hooks(fwd_hooks=hooks):
+                seen = self._block(batch, layer, batch.stream[layer], {})[1]
+            for name in found.keys() & seen.keys():
+                found[name].append(seen[name])
+        for name, values in found.items():
+            if not values:
+                raise ValueError(f"{name!r} is no hook of layer {layer} that is seen here")
+        return [torch.cat(values) for values in found.values()]
 
     def ablated_parts(self) -> pd.DataFrame:
         """Mean KL with the attention, or the MLP, of each layer at zero and at its mean over the compared number.
@@ -104,17 +120,19 @@ class LastToken:
         """
         effects = {}
         for part, place in {"attention": "hook_attn_out", "MLP": "hook_mlp_out"}.items():
-            for layer, live in enumerate(self.written(place)):
+            for layer in range(len(self.blocks)):
+                (live,) = self.activations(layer, [f"blocks.{layer}.{place}"])
                 for how, value in {"at zero": 0 * live, "at mean": gt.mean_over_years(live, self.prompts)}.items():
                     effects[layer, part, how] = self.kl({f"blocks.{layer}.{place}": value}).mean().item()
         return pd.Series(effects).unstack([1, 2]).rename_axis("layer")
 
     def ablated_heads(self, layers: Sequence[int]) -> pd.Series:
         """Mean KL with each head of some layers at its mean over the compared number, the largest first."""
-        effects, live = {}, self.written("attn.hook_z")
+        effects = {}
         for layer in layers:
-            for head in range(live[layer].shape[1]):
-                value = live[layer].clone()
+            (live,) = self.activations(layer, [f"blocks.{layer}.attn.hook_z"])
+            for head in range(live.shape[1]):
+                value = live.clone()
                 value[:, head] = gt.mean_over_years(value[:, head], self.prompts)
                 effects[layer, head] = self.kl({f"blocks.{layer}.attn.hook_z": value}).mean().item()
         index = pd.MultiIndex.from_tuples(effects, names=["layer", "head"])
@@ -129,20 +147,28 @@ class LastToken:
 
     def _finish(self, batch: _Batch, first: int, edits: Mapping[str, Edit]) -> Float[Tensor, "row d_model"]:
         """The last token's final stream, normalised, from the first layer that is edited."""
-
-        def edited(layer: int, place: str, live: Tensor) -> Tensor:
-            edit = edits.get(f"blocks.{layer}.{place}", live)
-            value = edit(live) if callable(edit) else edit
-            return value if value is live or callable(edit) else value[batch.rows].to(live)
-
         x = batch.stream[first]
         for layer in range(first, len(self.blocks)):
-            block = self.blocks[layer]
-            z = edited(layer, "attn.hook_z", self._mix(batch, layer, _read(block.before_attn, x)))
-            x = x + edited(layer, "hook_attn_out", torch.einsum("nhd,hde->ne", z, block.W_O) + block.b_O)
-            written = self.model.blocks[layer].mlp(_read(block.before_mlp, x)[:, None])[:, 0]
-            x = x + edited(layer, "hook_mlp_out", written)
+            x, _ = self._block(batch, layer, x, edits)
         return _read(self.final, x)
+
+    def _block(
+        self, batch: _Batch, layer: int, x: Float[Tensor, "row d_model"], edits: Mapping[str, Edit]
+    ) -> tuple[Float[Tensor, "row d_model"], dict[str, Tensor]]:
+        """The stream after a block, and what was written on the way, by hook."""
+        block, seen = self.blocks[layer], {}
+
+        def written(place: str, live: Tensor) -> Tensor:
+            name = f"blocks.{layer}.{place}"
+            edit = edits.get(name, live)
+            seen[name] = edit(live) if callable(edit) else edit if edit is live else edit[batch.rows].to(live)
+            return seen[name]
+
+        z = written("attn.hook_z", self._mix(batch, layer, _read(block.before_attn, x)))
+        x = x + written("hook_attn_out", torch.einsum("nhd,hde->ne", z, block.W_O) + block.b_O)
+        seen[f"blocks.{layer}.ln2.hook_normalized"] = block.before_mlp.normalised(x)
+        out = self.model.blocks[layer].mlp(_read(block.before_mlp, x)[:, None])[:, 0]
+        return x + written("hook_mlp_out", out), seen
 
     def _mix(self, batch: _Batch, layer: int, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row head d_head"]:
         attn, block = self.model.blocks[layer].attn, self.blocks[layer]

@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers.activations import ACT2FN
 
 from tclib.activations import hook_out
@@ -44,19 +43,17 @@ class Units:
     error: Float[Tensor, "prompt d_model"]
 
     @classmethod
-    def of(
-        cls, model: TransformerBridge, prompts: gt.Prompts, layer: int, transcoder: Transcoder | None = None
-    ) -> Units:
+    def of(cls, last: LastToken, layer: int, transcoder: Transcoder | None = None) -> Units:
         """The features of a transcoder of ``hook_mlp_out``, or the neurons where none is given."""
         if transcoder is None:
-            names, writes = [f"blocks.{layer}.mlp.hook_post"], model.W_out[layer].detach()
+            names, writes = [f"blocks.{layer}.mlp.hook_post"], last.model.W_out[layer].detach()
         elif transcoder.config.hook_out != hook_out(layer):
             raise ValueError(f"this transcoder writes to {transcoder.config.hook_out}, not to {hook_out(layer)}")
         else:
             names, writes = [transcoder.config.hook_in], transcoder.W_dec.detach()
-        read, out = gt.at_last_token(model, prompts, layer, [*names, hook_out(layer)])
+        read, out = last.activations(layer, [*names, hook_out(layer)])
         with torch.no_grad():
-            return cls.made(prompts, layer, read if transcoder is None else transcoder.encode(read), writes, out)
+            return cls.made(last.prompts, layer, read if transcoder is None else transcoder.encode(read), writes, out)
 
     @classmethod
     def made(
@@ -116,7 +113,7 @@ class Units:
         return int((held < share * held[-1]).sum()) + 1
 
 
-def gated_controls(model: TransformerBridge, prompts: gt.Prompts, layer: int) -> dict[str, Units]:
+def gated_controls(last: LastToken, layer: int) -> dict[str, Units]:
     """A gated MLP's neurons, what is left of them with one advantage taken away, and the best that any units could do.
 
     "only the gate moves" and "only the value moves" hold the other factor at its mean; "cut in two" counts a neuron's
@@ -125,10 +122,11 @@ def gated_controls(model: TransformerBridge, prompts: gt.Prompts, layer: int) ->
     Raises:
         ValueError: the MLP is not gated.
     """
+    model, prompts = last.model, last.prompts
     if not model.cfg.gated_mlp:
         raise ValueError("these controls are for gated MLPs, whose neurons are products")
     names = ["mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post", "hook_mlp_out"]
-    gate, value, post, out = gt.at_last_token(model, prompts, layer, [f"blocks.{layer}.{name}" for name in names])
+    gate, value, post, out = last.activations(layer, [f"blocks.{layer}.{name}" for name in names])
     W, opened = model.W_out[layer].detach(), ACT2FN[model.cfg.hidden_act](gate)
 
     def mean(values: Tensor) -> Tensor:
