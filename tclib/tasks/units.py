@@ -107,11 +107,6 @@ class Units:
         unit = torch.nn.functional.normalize
         return (unit(self.writes) @ unit(other.writes).T) * (unit(self.deviations.T) @ unit(other.deviations.T).T)
 
-    def holding(self, share: float = 0.9) -> int:
-        """How many units hold a share of all units' written variance."""
-        held = self.written().sort(descending=True).values.cumsum(0)
-        return int((held < share * held[-1]).sum()) + 1
-
 
 def gated_controls(last: LastToken, layer: int) -> dict[str, Units]:
     """A gated MLP's neurons, what is left of them with one advantage taken away, and the best that any units could do.
