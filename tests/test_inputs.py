@@ -140,9 +140,11 @@ def entrances(model, folder) -> dict:
         "data_weighted": lambda rows: connections.data_weighted(model, transcoders, rows, 0, 1, 3),
         "run": lambda rows: interventions.run(model, rows, []),
         "sealed": lambda rows: sealed.activations(model, rows, {"x": transcoders[0]}),
-        "greater-than": lambda rows: gt.run(model, gt.Prompts((rows,), pd.DataFrame(), pd.DataFrame())),
+        "greater-than": lambda rows: gt.run(
+            model, gt.Prompts((rows,), pd.DataFrame(), pd.DataFrame(), torch.arange(9))
+        ),
         "at last token": lambda rows: gt.at_last_token(
-            model, gt.Prompts((rows,), pd.DataFrame(), pd.DataFrame()), 0, [hook_in(0)]
+            model, gt.Prompts((rows,), pd.DataFrame(), pd.DataFrame(), torch.arange(9)), 0, [hook_in(0)]
         ),
     }
 

@@ -51,6 +51,20 @@ def test_ours_on_gpt2_have_their_own_column():
     assert table.iloc[0].tolist()[:3] == ["0.8829", "not run", "0.88"]
 
 
+def test_smollm2_has_a_column_where_its_numbers_are_given():
+    names = sorted({key.split("/")[0] for key in published.recorded()["ledger"]})
+    table = published.ledger(names, on_smollm2=published.recorded()["ledger"])
+    assert table.columns.tolist() == ["published", "ours here", "ours on GPT-2", "ours on SmolLM2", "what differs"]
+    assert (table["ours on SmolLM2"] != "not run").sum() == len(published.recorded()["ledger"])
+
+
+def test_what_notebook_09_recorded_is_whole():
+    found = published.recorded()
+    assert found.keys() == {"answer", "curves", "ks", "ledger"} and len(found["answer"]) == 3
+    for curves in found["curves"].values():
+        assert all(len(curve) == len(found["ks"]) for curve in curves.values())
+
+
 def test_numbers_that_were_never_published_are_refused():
     with pytest.raises(ValueError, match="did you mean 'greater_than_removed/probability_difference'"):
         published.ledger(["greater_than_removed"], here={"greater_than_removed/probability_diference": 0.5})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def test_one_head_at_its_mean_is_that_ablation(model, prompts, gated):  # noqa: 
     first = 0
     for tokens in prompts.groups:
         _, cache = model.run_with_cache(tokens)
-        rows = gt.Prompts((tokens,), prompts.frame.iloc[first : first + len(tokens)], prompts.dropped)
+        rows = replace(prompts, groups=(tokens,), frame=prompts.frame.iloc[first : first + len(tokens)])
         first += len(tokens)
         z = cache["blocks.2.attn.hook_z"][:, :, 1]
         mean = gt.mean_over_years(z.flatten(1), rows).view_as(z)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from importlinter.cli import lint_imports
 
+from tclib.cli.run import own_model
 from tests.conftest import COMMITTED, REPO
 
 LONGEST_CELL = 25
@@ -123,7 +124,7 @@ def test_begins_with_imports_and_parameters(path):
     assert "import tclib as tc" in imports["source"]
     assert "parameters" in tagged["metadata"].get("tags", ())
     values = literals(tagged["source"])
-    assert list(values)[0] == "model" and values["model"] == "bundled"
+    assert list(values)[0] == "model" and values["model"] == (own_model(path) or "bundled")
     assert declared_defaults(checked["source"]) == values
 
 

@@ -266,6 +266,34 @@ ANSWERS: dict[str, tuple[Callable, dict[str, Any]]] = {
             "feature by feature": lambda z, kept, group: kept_live(z, kept, group, z.mean(1, keepdim=True)),
         },
     ),
+    "fair_start": (
+        lambda y, a, W, kept: y.mean(0) + torch.einsum("qi,id->qd", a[:, kept] - a[:, kept].mean(0), W[kept]),
+        {
+            "own means": lambda y, a, W, kept: y.mean(0) + a[:, kept] @ W[kept],
+            "mean of the output": lambda y, a, W, kept: (a - a.mean(0))[:, kept] @ W[kept],
+            "already knows": lambda y, a, W, kept: y + (a - a.mean(0))[:, kept] @ W[kept],
+            "error is gone": lambda y, a, W, kept: kept_live(a, kept, None, a.mean(0)) @ W,
+            "all units": lambda y, a, W, kept: y.mean(0) + (a - a.mean(0)) @ W,
+        },
+    ),
+    "right_digits": (
+        lambda YY, asks: torch.arange(10) >= (YY % 10 + 1 if asks == "units" else YY // 10),
+        {
+            "1735 comes after": lambda YY, asks: torch.arange(10) > (YY % 10 if asks == "units" else YY // 10),
+            "would be the same": lambda YY, asks: torch.arange(10) >= (YY % 10 if asks == "units" else YY // 10),
+            "exchanged": lambda YY, asks: torch.arange(10) >= (YY % 10 if asks == "units" else YY // 10 + 1),
+            "wrong digits": lambda YY, asks: torch.arange(10) < (YY % 10 + 1 if asks == "units" else YY // 10),
+        },
+    ),
+    "one_reading": (
+        lambda gate, value: gate * torch.sigmoid(gate) * value.mean(0),
+        {
+            "value moves": lambda gate, value: torch.nn.functional.silu(gate).mean(0) * value,
+            "whole neuron": lambda gate, value: torch.nn.functional.silu(gate) * value,
+            "through SiLU": lambda gate, value: gate * value.mean(0),
+            "over prompts": lambda gate, value: torch.nn.functional.silu(gate) * value.mean(1, keepdim=True),
+        },
+    ),
     "warmer": (
         lambda prob, factor: (prob.log() / factor).softmax(0),
         {

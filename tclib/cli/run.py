@@ -54,6 +54,8 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
     try:
         parameters = read_parameters(options)
         notebooks = select(repo / "notebooks", options.only)
+        if options.only is None:
+            notebooks = [path for path in notebooks if own_model(path) is None]
         for notebook in notebooks:
             check(notebook, parameters)
         folder = unused_folder(repo / "runs", options.name)
@@ -114,6 +116,11 @@ def placed(name: str, value: Any) -> Any:
     return str(Path(value).absolute()) if name in PLACES and isinstance(value, str) and Path(value).exists() else value
 
 
+def own_model(notebook: Path) -> str | None:
+    """The model that a notebook's metadata says it is about; None for the bundled one."""
+    return json.loads(read_text(notebook))["metadata"].get("tclib", {}).get("model")
+
+
 def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
     """For another model than the bundled one: give it its published transcoders, fetch both, print what they need and
     how well they fit. A notebook's metadata may say that its largest tables are small (`work_tokens`), and that it
@@ -121,9 +128,19 @@ def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
 
     Raises Refused if they cannot be had, do not belong together or do not fit into memory.
     """
+    about = {path: json.loads(read_text(path))["metadata"].get("tclib", {}) for path in notebooks}
+    models = [own["model"] for own in about.values() if "model" in own and "model" not in parameters]
+    if "smollm2" in models and not has_smollm2():
+        raise Refused("SmolLM2 is not on this machine: `python -m tclib smollm2` fetches it once.")
     model = parameters.get("model", "bundled")
     if model == "bundled":
         return
+    for path, own in about.items():
+        if other := own.get("instead", {}).get(model):
+            raise Refused(
+                f"{path.stem} asks for years of two tokens, and {model} writes one digit at a time: notebook {other} "
+                f"asks it the same questions (--only {other})."
+            )
     from tclib.checkpoints import check_fit, load_transcoders, memory_plan  # takes seconds to import
     from tclib.checkpoints.load import BUNDLED, WORK_TOKENS
     from tclib.io import hub
@@ -134,12 +151,11 @@ def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
         parameters.setdefault("transcoders", model)
     where = parameters.get("transcoders", "bundled")
     try:
-        about = [json.loads(read_text(path))["metadata"].get("tclib", {}) for path in notebooks]
-        work = max(own.get("work_tokens", WORK_TOKENS) for own in about)
+        work = max(own.get("work_tokens", WORK_TOKENS) for own in about.values())
         print(f"{memory_plan(model, where, work=work).round(1).to_string()}\n", flush=True)
         lm = load_model(model)
         if "transcoders" not in parameters and not _belong(lm, load_transcoders(where)):
-            if not all(own.get("trains") for own in about):
+            if not all(own.get("trains") for own in about.values()):
                 raise Refused(train_first(model, lm.cfg.n_layers))
             return
         with warnings.catch_warnings(record=True) as caught:
@@ -171,6 +187,16 @@ def train_first(model: str, n_layers: int) -> str:
         f'trained -p layers "{layers}" -p save transcoders, and run this again with -p transcoders '
         "runs/trained/transcoders."
     )
+
+
+def has_smollm2() -> bool:
+    """Whether SmolLM2 is here already: made from its package, or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from tclib.io import gguf_model, hub
+
+    made = gguf_model.made_from(*gguf_model.SMOLLM2).is_dir()
+    return made or isinstance(try_to_load_from_cache(hub.MODELS["smollm2"], "model.safetensors"), str)
 
 
 def typed(notebook: Path, parameters: dict[str, str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tclib.cli.bootstrap import REPO, wait
+from tclib.cli.run import has_smollm2, own_model
 
 CELL_TIMEOUT = 300
 LINT_IMPORTS = (
@@ -25,7 +26,7 @@ def test(slow: bool) -> int:
         env["OMP_NUM_THREADS"] = "1"
         parallel = ["-n", "2", "--dist=worksteal"]
     style = lint()
-    notebooks = execute_copies(REPO, parallel, env)
+    notebooks = execute_copies(REPO, parallel, env, slow)
     markers = ["-m", "slow or not slow"] if slow else []
     others = pytest(["tests", *markers, *parallel], env)
     return style or notebooks or others
@@ -42,12 +43,16 @@ def lint() -> int:
     return max(wait(subprocess.Popen(command, cwd=REPO)) for command in checks)
 
 
-def execute_copies(repo: Path, parallel: list[str], env: dict[str, str]) -> int:
-    """Execute copies of the notebooks in build/nbmake, where test_freshness.py finds them."""
+def execute_copies(repo: Path, parallel: list[str], env: dict[str, str], slow: bool = False) -> int:
+    """Execute copies of the notebooks in build/nbmake, where test_freshness.py finds them.
+
+    Those about a model of their own are executed with the slow tests, where that model is.
+    """
     copies = repo / "build" / "nbmake"
     shutil.rmtree(copies, ignore_errors=True)
     copies.mkdir(parents=True)
-    names = sorted(path.name for path in (repo / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
+    paths = sorted((repo / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
+    names = [path.name for path in paths if own_model(path) is None or (slow and has_smollm2())]
     for name in names:
         shutil.copy(repo / "notebooks" / name, copies / name)
     if not names:

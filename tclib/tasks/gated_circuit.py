@@ -13,6 +13,7 @@ Circuits").
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -47,7 +48,7 @@ class Gated:
         self.means = []
         first = 0
         for tokens in prompts.groups:
-            rows = gt.Prompts((tokens,), prompts.frame.iloc[first : first + len(tokens)], prompts.dropped)
+            rows = replace(prompts, groups=(tokens,), frame=prompts.frame.iloc[first : first + len(tokens)])
             first += len(tokens)
             _, cache = model.run_with_cache(tokens.to(model.cfg.device), names_filter=names.__contains__)
             means = {}
@@ -97,12 +98,11 @@ class Gated:
         return pd.Series(values, index, name="score").sort_values(key=abs, ascending=False)
 
     def _difference(self, gates: dict[tuple[str, int], Tensor]) -> Tensor:
-        ids = gt.year_tokens(self.model.tokenizer)
         answers = []
         for tokens, means in self.means:
             with self.model.hooks(fwd_hooks=self._hooks(gates, means)):
-                answers.append(gt.year_probabilities(self.model(tokens)[:, -1], ids))
-        return gt.probability_difference(torch.cat(answers), self.prompts.years).mean()
+                answers.append(gt.year_probabilities(self.model(tokens)[:, -1], self.prompts.answers))
+        return gt.probability_difference(torch.cat(answers), self.prompts.bounds).mean()
 
     def _hooks(self, gates: dict, means: dict) -> list[Hook]:
         hooks, inputs = [], {}
@@ -180,6 +180,16 @@ def find(gated: Gated, least: float = 0.9) -> pd.DataFrame:
 def nodes_of(table: pd.DataFrame) -> list[Node]:
     """The nodes of a table of `find`."""
     return list(table[["kind", "layer", "index"]].itertuples(index=False, name=None))
+
+
+def drawn_like(gated: Gated, circuit: Sequence[Node], seed: int) -> list[Node]:
+    """As many nodes of each kind, drawn at random from those that vary."""
+    generator, drawn = torch.Generator().manual_seed(seed), []
+    for kind in sorted({node[0] for node in circuit}):
+        same = [node for node in gated.nodes if node[0] == kind]
+        number = sum(node[0] == kind for node in circuit)
+        drawn += [same[i] for i in torch.randperm(len(same), generator=generator)[:number].tolist()]
+    return drawn
 
 
 def with_errors(gated: Gated, circuit: Sequence[Node], kept: bool) -> list[Node]:

@@ -7,44 +7,46 @@ two-digit tokens only (GPT2-small, "war", 1700s: probability difference 0.88), a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from tclib.activations import hook_out
-from tclib.chronicle import BACKWARD, SPANS
 from tclib.inputs import check_layers, check_tokens
 from tclib.interventions import EVERYWHERE, Hook, ablate_mlp, freeze
-from tclib.io.paths import read_text
+from tclib.tasks.templates import BACKWARD_TEMPLATE as BACKWARD_TEMPLATE
+from tclib.tasks.templates import PAPER_TEMPLATE as PAPER_TEMPLATE
+from tclib.tasks.templates import TEMPLATE, check_template, fill
+from tclib.tasks.templates import chronicle_templates as chronicle_templates
+from tclib.tasks.templates import read_templates as read_templates
 
-TEMPLATE = "The NOUN lasted from the year XXYY to the year XX"
-BACKWARD_TEMPLATE = "The NOUN ended in the year XXYY; it began in the year XX"
-PAPER_TEMPLATE = "The NOUN lasted from XXYY to XX"
 YEARS = range(2, 99)
 CENTURIES = (11, 12, 14, 15, 16, 17, 18)  # the bundled model's text has no year of the 1300s
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of one template.
+    """A task: prompts of one template, the tokens that can answer them, and which of those are right.
 
-    ``groups`` has one tensor of tokens, BOS first, for each length, so that the last column is the last token. Row i
-    of ``frame`` (noun, century, year) is row i of the groups laid end to end. ``dropped`` (century, year) are years
-    that the tokenizer does not write as one token for the century and one for YY.
+    ``groups`` has one tensor of tokens, BOS first, per length: its last column is the last token. Row i of ``frame``
+    (noun, century, year; others in `tclib.tasks.digits`) is row i of the groups laid end to end. ``dropped`` (century,
+    year) are years that the tokenizer writes otherwise. ``answers`` are the tokens of 00 to 99, or of 0 to 9: those
+    above the number in the column ``compared`` are right, and, where not ``strict``, that number itself.
     """
 
     groups: tuple[Int[Tensor, "prompt pos"], ...]
     frame: pd.DataFrame
     dropped: pd.DataFrame = field(repr=False)
+    answers: Int[Tensor, " answer"] = field(repr=False)
+    compared: str = "year"
+    strict: bool = True
 
     @property
     def tokens(self) -> Int[Tensor, "prompt pos"]:
@@ -56,8 +58,18 @@ class Prompts:
 
     @property
     def years(self) -> Int[Tensor, " prompt"]:
-        """YY of each prompt."""
-        return torch.tensor(self.frame["year"].to_numpy(), dtype=torch.long)
+        """YY of each prompt, or whichever number is compared."""
+        return torch.tensor(self.frame[self.compared].to_numpy(), dtype=torch.long)
+
+    @property
+    def bounds(self) -> Int[Tensor, " prompt"]:
+        """The largest answer that is still wrong; the metrics below take it in the place of YY."""
+        return self.years if self.strict else self.years - 1
+
+    @property
+    def right(self) -> Bool[Tensor, "prompt answer"]:
+        """Which answers are right."""
+        return torch.arange(len(self.answers)) > self.bounds[:, None]
 
     def batches(self, size: int = 128) -> Iterator[tuple[Int[Tensor, "row pos"], slice]]:
         """Tokens of at most ``size`` prompts of one length, and which rows of ``frame`` they are."""
@@ -87,50 +99,6 @@ def check_years(tokenizer: PreTrainedTokenizerBase, century: int) -> list[int]:
     return [year for year, ids in enumerate(encoded) if ids[1:] != [year_ids[year]]]
 
 
-def fill(template: str, noun: str, century: int, year: int) -> str:
-    """One prompt: ``fill(TEMPLATE, "war", 17, 32)``."""
-    text = template.replace("XXYY", f"{century}{year:02d}").replace("XX", str(century))
-    return text.replace("NOUN", noun)
-
-
-def check_template(template: str) -> None:
-    """Raise ValueError unless the template has one NOUN and one XXYY and ends in XX."""
-    marks = [template.count("NOUN"), template.count("XXYY"), template.count("XX"), template.count("YY")]
-    if marks != [1, 1, 2, 1] or not template.endswith("XX"):
-        raise ValueError(f"template {template!r} needs NOUN and XXYY once each, and must stop at XX")
-
-
-def read_templates(path: str | Path) -> list[str]:
-    """Templates of a text file, one a line; empty lines and lines that begin with # are left out.
-
-    Raises:
-        ValueError: no such file, none in UTF-8, no template in it, or a line that is not one (it is named).
-    """
-    try:
-        lines = read_text(Path(path)).splitlines()
-    except OSError:
-        raise ValueError(f"there is no prompt file {path}: give a text file with one template a line") from None
-    templates = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    for template in templates:
-        check_template(template)
-    if not templates:
-        raise ValueError(f"{path} holds no template: write one a line, for example {TEMPLATE!r}")
-    return templates
-
-
-def chronicle_templates(kind: Literal["train", "heldout"], backward: bool = False) -> list[str]:
-    """The bundled corpus' own sentences as templates: those with no other field than the noun and the two years.
-
-    ``heldout`` templates never occur in the training text.
-    """
-    first, second = ("end", "start") if backward else ("start", "end")
-    plain = [
-        t for t in (BACKWARD if backward else SPANS)[kind] if set(re.findall(r"{(.*?)}", t)) == {"noun", first, second}
-    ]
-    cut = [t.split(f"{{{second}}}")[0] + "XX" for t in plain]
-    return [t.replace("{noun}", "NOUN").replace(f"{{{first}}}", "XXYY") for t in cut]
-
-
 def prompts(
     tokenizer: PreTrainedTokenizerBase,
     nouns: Sequence[str],
@@ -147,11 +115,7 @@ def prompts(
     Raises:
         ValueError: another template, a tokenizer that cannot express any of the years, or nothing asked for.
     """
-    check_template(template)
-    if not (len(nouns) and len(centuries) and len(years)) or min(years) < 0 or max(years) > 99:
-        raise ValueError("give at least one noun, one century and one year, years between 0 and 99")
-    if any(len(set(items)) < len(items) for items in (nouns, centuries, years)):
-        raise ValueError("give each noun, century and year only once")
+    check_asked(template, nouns, centuries, years)
     if tokenizer.bos_token_id is None or not tokenizer.is_fast:
         raise ValueError("greater-than needs a fast tokenizer with a BOS token")
     year_ids = year_tokens(tokenizer).tolist()
@@ -159,8 +123,7 @@ def prompts(
     rows = [(noun, int(century), int(year)) for noun in nouns for century in centuries for year in years]
     texts = [fill(template, *row) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    by_length: dict[int, list] = {}
-    dropped = set()
+    by_length, dropped = {}, set()
     for row, text, ids, spans in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         noun, century, year = row
         end = len(fill(before_year, noun, century, year)) + 4
@@ -178,14 +141,23 @@ def prompts(
     groups = tuple(torch.tensor([ids for _, ids in group]) for group in by_length.values())
     kept = [row for group in by_length.values() for row, _ in group]
     frame = pd.DataFrame(kept, columns=["noun", "century", "year"])
-    return Prompts(groups, frame, pd.DataFrame(sorted(dropped), columns=["century", "year"]))
+    return Prompts(groups, frame, pd.DataFrame(sorted(dropped), columns=["century", "year"]), torch.tensor(year_ids))
+
+
+def check_asked(template: str, nouns: Sequence[str], centuries: Sequence[int], years: Sequence[int]) -> None:
+    """Raise ValueError for another template, none of something, one of them twice, or years not between 0 and 99."""
+    check_template(template)
+    if not (len(nouns) and len(centuries) and len(years)) or min(years) < 0 or max(years) > 99:
+        raise ValueError("give at least one noun, one century and one year, years between 0 and 99")
+    if any(len(set(items)) < len(items) for items in (nouns, centuries, years)):
+        raise ValueError("give each noun, century and year only once")
 
 
 @torch.no_grad()
 def run(
     model: TransformerBridge, prompts: Prompts, hooks: Sequence[Hook] | Callable[[slice], Sequence[Hook]] = ()
-) -> Float[Tensor, "prompt 100"]:
-    """The model's answer to each prompt: probabilities of 00 to 99.
+) -> Float[Tensor, "prompt answer"]:
+    """The model's answer to each prompt: probabilities of the task's answers, 00 to 99.
 
     Args:
         hooks: interventions, the same for all prompts, or a function from a slice of prompts to theirs.
@@ -195,7 +167,7 @@ def run(
     for tokens, rows in prompts.batches():
         with model.hooks(fwd_hooks=list(hooks(rows) if callable(hooks) else hooks)):
             logits.append(model(tokens.to(model.cfg.device))[:, -1])
-    return year_probabilities(torch.cat(logits), year_tokens(model.tokenizer))
+    return year_probabilities(torch.cat(logits), prompts.answers)
 
 
 def check_prompts(model: TransformerBridge, prompts: Prompts) -> None:
@@ -205,17 +177,17 @@ def check_prompts(model: TransformerBridge, prompts: Prompts) -> None:
 
 
 def year_probabilities(
-    logits: Float[Tensor, "prompt vocab"], year_ids: Int[Tensor, " 100"]
-) -> Float[Tensor, "prompt 100"]:
-    """Softmax over the 100 two-digit tokens alone, on the CPU, from the logits at the last token."""
+    logits: Float[Tensor, "prompt vocab"], year_ids: Int[Tensor, " answer"]
+) -> Float[Tensor, "prompt answer"]:
+    """Softmax over the answers' tokens alone, on the CPU, from the logits at the last token."""
     return logits[:, year_ids.to(logits.device)].softmax(dim=-1).cpu()
 
 
 def probability_difference(
-    probs: Float[Tensor, "prompt 100"], years: Int[Tensor, " prompt"]
+    probs: Float[Tensor, "prompt answer"], years: Int[Tensor, " prompt"]
 ) -> Float[Tensor, " prompt"]:
     """sum p(> YY) - sum p(<= YY), from -1 to 1. Always saying 99 scores 1: see `balanced_difference`."""
-    return torch.where(torch.arange(100) > years[:, None], probs, -probs).sum(dim=-1)
+    return torch.where(torch.arange(probs.shape[1]) > years[:, None], probs, -probs).sum(dim=-1)
 
 
 def balanced_difference(forward: Float[Tensor, " prompt"], backward: Float[Tensor, " other"]) -> float:
@@ -227,42 +199,44 @@ def balanced_difference(forward: Float[Tensor, " prompt"], backward: Float[Tenso
     return (forward.mean() - backward.mean()).item() / 2
 
 
-def sharpness(probs: Float[Tensor, "prompt 100"], years: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
-    """p(YY + 1) - p(YY - 1), the cutoff sharpness of Hanna et al. Raises ValueError for the years 00 and 99."""
-    if years.min() < 1 or years.max() > 98:
-        raise ValueError("sharpness needs years between 01 and 98")
+def sharpness(probs: Float[Tensor, "prompt answer"], years: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
+    """p(YY + 1) - p(YY - 1), the cutoff sharpness of Hanna et al. Raises ValueError for the first and last answer."""
+    if years.min() < 1 or years.max() > probs.shape[1] - 2:
+        raise ValueError(f"sharpness needs years between 01 and {probs.shape[1] - 2}")
     return (probs.gather(1, years[:, None] + 1) - probs.gather(1, years[:, None] - 1))[:, 0]
 
 
-def kl_to(full: Float[Tensor, "prompt 100"], probs: Float[Tensor, "prompt 100"]) -> Float[Tensor, " prompt"]:
+def kl_to(full: Float[Tensor, "prompt answer"], probs: Float[Tensor, "prompt answer"]) -> Float[Tensor, " prompt"]:
     """KL(full || probs) over the 100 numbers, in nats: how far an intervention moves the answer."""
     tiny = torch.finfo(full.dtype).tiny
     return (full * (full.clamp(min=tiny) / probs.clamp(min=tiny)).log()).sum(dim=-1)
 
 
 def mean_logit_difference(
-    probs: Float[Tensor, "prompt 100"], years: Int[Tensor, " prompt"]
+    probs: Float[Tensor, "prompt answer"], years: Int[Tensor, " prompt"]
 ) -> Float[Tensor, " prompt"]:
     """Mean logit of the numbers > YY minus mean logit of those <= YY; what all logits share cancels in log p.
 
     Unlike the probability difference it does not saturate, and it is linear in the final residual stream once its
-    LayerNorm scale is frozen. Raises ValueError for the year 99, above which there is no number.
+    LayerNorm scale is frozen. Raises ValueError where no number, or every number, is greater.
     """
-    if years.max() > 98:
-        raise ValueError("the mean logit difference needs years up to 98")
+    if years.min() < 0 or years.max() > probs.shape[1] - 2:
+        raise ValueError(f"the mean logit difference needs years from 0 up to {probs.shape[1] - 2}")
     logits = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
-    later = torch.arange(100) > years[:, None]
+    later = torch.arange(probs.shape[1]) > years[:, None]
     return (logits * later).sum(-1) / later.sum(-1) - (logits * ~later).sum(-1) / (~later).sum(-1)
 
 
-def behaviour_matrix(probs: Float[Tensor, "prompt 100"], years: Int[Tensor, " prompt"]) -> Float[Tensor, "year 100"]:
+def behaviour_matrix(
+    probs: Float[Tensor, "prompt answer"], years: Int[Tensor, " prompt"]
+) -> Float[Tensor, "year answer"]:
     """Mean answer for each YY; rows are the years that occur, rising (97 of them from 02 to 98)."""
     return torch.stack([probs[years == year].mean(dim=0) for year in years.unique()])
 
 
 def mean_over_years(values: Float[Tensor, "prompt unit"], prompts: Prompts) -> Float[Tensor, "prompt unit"]:
-    """Each prompt's values replaced by their mean over YY, for its own noun and century."""
-    codes = prompts.frame.groupby(["noun", "century"]).ngroup().to_numpy()
+    """Each prompt's values replaced by their mean over YY (what is compared), for its own noun and century."""
+    codes = prompts.frame.groupby([c for c in prompts.frame if c != prompts.compared]).ngroup().to_numpy()
     group = torch.tensor(codes, dtype=torch.long, device=values.device)
     counts = group.bincount()[:, None]
     return (values.new_zeros(len(counts), values.shape[1]).index_add_(0, group, values) / counts)[group]
@@ -310,8 +284,8 @@ def drop_if_ablated(
         edits = lambda rows: ablate_mlp(layer, mean[rows], -1)  # noqa: E731
     held = held_scales(model, prompts, layer) if hold_scales else lambda rows: []
     ablated = run(model, prompts, lambda rows: [*held(rows), *edits(rows)])
-    whole = probability_difference(run(model, prompts), prompts.years)
-    return (whole - probability_difference(ablated, prompts.years)).mean().item()
+    whole = probability_difference(run(model, prompts), prompts.bounds)
+    return (whole - probability_difference(ablated, prompts.bounds)).mean().item()
 
 
 @torch.no_grad()

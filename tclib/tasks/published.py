@@ -46,20 +46,32 @@ def values(entry: str) -> dict[str, Value]:
     return flat
 
 
+@cache
+def recorded() -> dict[str, Any]:
+    """What notebook 09 found on SmolLM2 in its last complete run: ``answer`` in sentences, ``ledger``, ``curves``."""
+    return json.loads(data_path("smollm2", "claims.json").read_text(encoding="utf-8"))
+
+
 def ledger(
-    names: Sequence[str], here: Mapping[str, Value] | None = None, on_gpt2: Mapping[str, Value] | None = None
+    names: Sequence[str],
+    here: Mapping[str, Value] | None = None,
+    on_gpt2: Mapping[str, Value] | None = None,
+    on_smollm2: Mapping[str, Value] | None = None,
 ) -> pd.DataFrame:
     """Published | ours here | ours on GPT-2 | what differs, one row for every number of the entries ``names``.
 
     Args:
         here, on_gpt2: ours, by ``"entry/value"``, on this run's model and on GPT2-small; None is shown as "none". What
             is left out was not run.
+        on_smollm2: those of SmolLM2, such as ``recorded()["ledger"]``, in a column of their own if they are given.
 
     Raises:
         ValueError: a key that is no published number of these entries.
     """
     published = {f"{entry}/{name}": value for entry in names for name, value in values(entry).items()}
     ours = {"ours here": here or {}, "ours on GPT-2": on_gpt2 or {}}
+    if on_smollm2 is not None:
+        ours["ours on SmolLM2"] = on_smollm2
     for key in [key for column in ours.values() for key in column]:
         if key not in published:
             raise ValueError(f"{key!r} is not among the published numbers{_did_you_mean(key, published)}")

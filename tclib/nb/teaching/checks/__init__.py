@@ -7,7 +7,15 @@ from tclib.nb.teaching.checks.check_blind import blind_rule, keys_too, moved_rul
 from tclib.nb.teaching.checks.check_circuits import invariant, through_head, two_tokens
 from tclib.nb.teaching.checks.check_evaluation import auroc, fvu_in_pieces, paired_interval, recovered_from_mean
 from tclib.nb.teaching.checks.check_features import promoted, tokens_needed, two_shares
-from tclib.nb.teaching.checks.check_greater_than import backward_difference, keep_live, moving_head, warmer
+from tclib.nb.teaching.checks.check_greater_than import (
+    backward_difference,
+    fair_start,
+    keep_live,
+    moving_head,
+    one_reading,
+    right_digits,
+    warmer,
+)
 from tclib.nb.teaching.checks.check_search import attention_moves, path_contribution, removal
 from tclib.nb.teaching.checks.check_training import best_activation, dodge, fold, forward
 
@@ -18,6 +26,7 @@ __all__ = [
     "best_activation",
     "blind_rule",
     "dodge",
+    "fair_start",
     "fold",
     "forward",
     "fvu_in_pieces",
@@ -26,11 +35,13 @@ __all__ = [
     "keys_too",
     "moved_rule",
     "moving_head",
+    "one_reading",
     "paired_interval",
     "path_contribution",
     "promoted",
     "recovered_from_mean",
     "removal",
+    "right_digits",
     "through_head",
     "tokens_needed",
     "two_shares",
