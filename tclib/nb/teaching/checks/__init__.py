@@ -8,6 +8,7 @@ from tclib.nb.teaching.checks.check_circuits import invariant, through_head, two
 from tclib.nb.teaching.checks.check_evaluation import auroc, fvu_in_pieces, paired_interval, recovered_from_mean
 from tclib.nb.teaching.checks.check_features import promoted, tokens_needed, two_shares
 from tclib.nb.teaching.checks.check_greater_than import backward_difference, keep_live, moving_head, warmer
+from tclib.nb.teaching.checks.check_routes import both_orders, integrated, visible_part
 from tclib.nb.teaching.checks.check_search import attention_moves, path_contribution, removal
 from tclib.nb.teaching.checks.check_training import best_activation, dodge, fold, forward
 
@@ -17,10 +18,12 @@ __all__ = [
     "backward_difference",
     "best_activation",
     "blind_rule",
+    "both_orders",
     "dodge",
     "fold",
     "forward",
     "fvu_in_pieces",
+    "integrated",
     "invariant",
     "keep_live",
     "keys_too",
@@ -35,5 +38,6 @@ __all__ = [
     "tokens_needed",
     "two_shares",
     "two_tokens",
+    "visible_part",
     "warmer",
 ]
