@@ -125,7 +125,7 @@ def test_cdt_with_biases_left_is_patching_with_patterns_and_scales_held(nb, data
     node = data.draw(nodes(nb))
     gates, chosen = nb["every_gate"].clone(), nb["chosen"]
     gates[node] = 0
-    held = interventions.hold(nb["cache"], ["patterns", "scales"])
+    held = interventions.freeze(nb["cache"], ["patterns", "scales"])
     patched = nb["log_odds"](chosen, logits(nb, [*held, *nb["gated"](chosen, gates)])).mean()
     assert abs(nb["m"].mean() - patched - nb["left_to_rest"][node]) < 2e-3 + 1e-3 * abs(nb["left_to_rest"][node])
 
