@@ -48,6 +48,7 @@ SECOND_SET: dict[str, dict[str, Any]] = {
         "rows": 16,
         "seed": 1,
     },
+    "10_other_routes_to_the_circuit": {"nouns": ["truce"], "century": 15, "every": 24, "steps": 2, "seed": 1},
     "07_sweep_report": {"metric": "kl", "k": [4], "d_features": 32, "steps": 4, "seed": 1},
     "06_greater_than": {
         "nouns": ["truce", "lease"],

@@ -60,6 +60,10 @@ def own_means(z, group):
     return torch.stack([z[group == g].mean(0) for g in group])
 
 
+def along(slope, x, base, steps):
+    return torch.stack([slope(base + (i + 0.5) / steps * (x - base)) for i in range(steps)]).mean(0)
+
+
 # check -> the right answer, and wrong ones with a word of the message that each must get
 ANSWERS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "forward": (
@@ -302,6 +306,40 @@ ANSWERS: dict[str, tuple[Callable, dict[str, Any]]] = {
             "changes nothing": lambda prob, factor: prob / factor / (prob / factor).sum(),
             "not probabilities": lambda prob, factor: prob / factor,
             "softmax of probabilities": lambda prob, factor: (prob / factor).softmax(0),
+        },
+    ),
+    "integrated": (
+        lambda slope, x, base, steps: (
+            (x - base) * sum(slope(base + (i + 0.5) / steps * (x - base)) for i in range(steps)) / steps
+        ),
+        {
+            "attribution patching": lambda slope, x, base, steps: (x - base) * slope(x),
+            "at the base alone": lambda slope, x, base, steps: (x - base) * slope(base),
+            "multiplied by x - base": lambda slope, x, base, steps: along(slope, x, base, steps),
+            "not by x": lambda slope, x, base, steps: x * along(slope, x, base, steps),
+            "not added": lambda slope, x, base, steps: (x - base) * along(slope, x, base, steps) * steps,
+            "sign": lambda slope, x, base, steps: (base - x) * along(slope, x, base, steps),
+            "not at zero": lambda slope, x, base, steps: (x - base) * along(slope, x, 0 * x, steps),
+        },
+    ),
+    "both_orders": (
+        lambda rel, rest, act: (act(rel) + act(rel + rest) - act(rest)) / 2,
+        {
+            "relevant part last": lambda rel, rest, act: act(rel + rest) - act(rest),
+            "relevant part first": lambda rel, rest, act: act(rel),
+            "share of the rest": lambda rel, rest, act: (act(rest) + act(rel + rest) - act(rel)) / 2,
+            "RelP's rule": lambda rel, rest, act: rel / (rel + rest) * act(rel + rest),
+            "averaged, not added": lambda rel, rest, act: act(rel) + act(rel + rest) - act(rest),
+        },
+    ),
+    "visible_part": (
+        lambda v, W: W @ torch.linalg.pinv(W) @ v,
+        {
+            "no answer reads": lambda v, W: v - W @ torch.linalg.pinv(W) @ v,
+            "what the answers read": lambda v, W: v @ W,
+            "no projection": lambda v, W: W @ W.T @ v,
+            "not a unit vector": lambda v, W: torch.nn.functional.normalize(W @ torch.linalg.pinv(W) @ v, dim=0),
+            "unchanged": lambda v, W: v,
         },
     ),
 }

@@ -16,6 +16,7 @@ from tclib.nb.teaching.checks.check_greater_than import (
     right_digits,
     warmer,
 )
+from tclib.nb.teaching.checks.check_routes import both_orders, integrated, visible_part
 from tclib.nb.teaching.checks.check_search import attention_moves, path_contribution, removal
 from tclib.nb.teaching.checks.check_training import best_activation, dodge, fold, forward
 
@@ -25,11 +26,13 @@ __all__ = [
     "backward_difference",
     "best_activation",
     "blind_rule",
+    "both_orders",
     "dodge",
     "fair_start",
     "fold",
     "forward",
     "fvu_in_pieces",
+    "integrated",
     "invariant",
     "keep_live",
     "keys_too",
@@ -46,5 +49,6 @@ __all__ = [
     "tokens_needed",
     "two_shares",
     "two_tokens",
+    "visible_part",
     "warmer",
 ]
