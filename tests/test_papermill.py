@@ -8,7 +8,7 @@ from typing import Any
 import papermill
 import pytest
 
-from tclib.cli.run import declared_names
+from tclib.cli.run import declared_names, has_smollm2, own_model
 from tests.conftest import COMMITTED
 
 # notebook -> parameters that change what it shows and keep it quick
@@ -50,6 +50,7 @@ SECOND_SET: dict[str, dict[str, Any]] = {
     },
     "10_other_routes_to_the_circuit": {"nouns": ["truce"], "century": 15, "every": 24, "steps": 2, "seed": 1},
     "07_sweep_report": {"metric": "kl", "k": [4], "d_features": 32, "steps": 4, "seed": 1},
+    "09_a_real_model": {"nouns": ["truce", "lease"], "centuries": [15, 17], "tens": [4], "draws": 2, "seed": 1},
     "06_greater_than": {
         "nouns": ["truce", "lease"],
         "centuries": [13, 15, 18],
@@ -60,8 +61,13 @@ SECOND_SET: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+PATHS = [pytest.param(path, marks=pytest.mark.slow) if own_model(path) else path for path in COMMITTED]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_runs_with_other_parameters(path, tmp_path):
+    if own_model(path) and not has_smollm2():
+        pytest.skip(f"it needs {own_model(path)}: run `python -m tclib smollm2`")
     assert path.stem in SECOND_SET, f"add a second set of parameters for {path.stem} to {__name__}"
     parameters = SECOND_SET[path.stem]
     # Refused by the notebook as well, but only after its imports.
