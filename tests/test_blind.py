@@ -59,7 +59,7 @@ def held(line: str) -> list[list[int]]:
         (r"regex: a\d", [[0, 5], [1, 4]]),
         ("label: citation", [[0, 5], [1, 4], [1, 5]]),
         ("label: next verb", [[0, 1], [1, 2]]),
-        ("label: next verb", [[0, 1], [1, 2]]),  # its older name
+        ("latent: next verb", [[0, 1], [1, 2]]),  # its older name
         ("tokens:  a && !label: plain", [[1, 3]]),
         ("tokens: ; || tokens: 12 && label: citation.year", [[0, 5], [1, 5]]),
         ("tokens: \n", []),  # BOS

@@ -190,13 +190,14 @@ def parse(line: str) -> Rule:
 def _clause(clause: str) -> Rule:
     if clause.lstrip().startswith("!"):
         return ~_clause(clause.lstrip()[1:])
-    match = re.match(r"\s*(tokens|before|regex|label|label)(?:@([+-]?\d+)| (\d+))?: (.+)", clause, re.DOTALL)
+    clause = re.sub(r"^(\s*)latent: ", r"\1label: ", clause)  # the older name
+    match = re.match(r"\s*(tokens|before|regex|label)(?:@([+-]?\d+)| (\d+))?: (.+)", clause, re.DOTALL)
     kind, offset, within, body = match.groups() if match else (None,) * 4
     if kind == "tokens" and not within:
         return Tokens(*body.split("|"), offset=int(offset or 0))
     if kind == "before" and within:
         return Before(int(within), *body.split("|"))
-    if kind in ("regex", "label", "label") and not (offset or within):
+    if kind in ("regex", "label") and not (offset or within):
         return Regex(body) if kind == "regex" else Label(body.strip())
     raise ValueError(f"{clause!r} is no clause of a rule; clauses look like this: {GRAMMAR}")
 

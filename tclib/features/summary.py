@@ -113,6 +113,8 @@ def load_summary(
     f["token"], f["token_share"] = a["token"], a["token_share"].astype(np.float32)
     names = about.get("labels") or about.get("latents", [])  # older files call labels latents
     f["label"] = np.array([*names, None], dtype=object)[a["label" if "label" in a else "latent"]]
+    names = about["labels"] if "labels" in about else about["latents"]  # the older name
+    f["label"] = np.array([*names, None], dtype=object)[a["label"] if "label" in a else a["latent"]]  # the older name
     f["f1"] = a["f1"].astype(np.float32)
     e = f.loc[np.repeat(np.arange(len(f)), a["examples"]), ["layer", "feature"]].reset_index(drop=True)
     e["band"] = a["band"]
