@@ -111,8 +111,6 @@ def load_summary(
     f["count"], f["frequency"] = a["count"], a["count"] / about["tokens"]
     f["mean"], f["max"] = a["mean"].astype(np.float32), a["max"].astype(np.float32)
     f["token"], f["token_share"] = a["token"], a["token_share"].astype(np.float32)
-    names = about.get("labels") or about.get("latents", [])  # older files call labels latents
-    f["label"] = np.array([*names, None], dtype=object)[a["label" if "label" in a else "latent"]]
     names = about["labels"] if "labels" in about else about["latents"]  # the older name
     f["label"] = np.array([*names, None], dtype=object)[a["label"] if "label" in a else a["latent"]]  # the older name
     f["f1"] = a["f1"].astype(np.float32)
