@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import tclib as tc
-from tclib.cli import bootstrap, commands, serve, teach
+from tclib.cli import bootstrap, commands, prepare, serve, teach
 from tclib.cli import run as run_module
 from tclib.cli.peak import Peak
 from tclib.cli.run import declared_names, literal, run, select, typed
@@ -444,11 +444,11 @@ def about(path: Path, **metadata) -> None:
 def test_a_notebook_about_another_model_is_run_by_its_number_only(repo, monkeypatch, capsys):
     for name in ("01_bad", "05_strict"):
         about(repo / "notebooks" / f"{name}.ipynb", model="smollm2")
-    monkeypatch.setattr(run_module, "has_smollm2", lambda: True)
+    monkeypatch.setattr(prepare, "has_smollm2", lambda: True)
     assert run(["--name", "all"], repo) == 0
     assert [path.name for path in sorted((repo / "runs/all").glob("*.ipynb"))] == ["02_good.ipynb"]
     assert run(["--name", "one", "--only", "05"], repo) == 0
-    monkeypatch.setattr(run_module, "has_smollm2", lambda: False)
+    monkeypatch.setattr(prepare, "has_smollm2", lambda: False)
     assert run(["--only", "05"], repo) == 2
     assert capsys.readouterr().err == "SmolLM2 is not on this machine: `python -m tclib smollm2` fetches it once.\n"
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from tclib.cli.run import own_model
+from tclib.cli.prepare import own_model
 from tests.conftest import COMMITTED, REPO
 
 COPIES = REPO / "build" / "nbmake"

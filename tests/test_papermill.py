@@ -8,7 +8,8 @@ from typing import Any
 import papermill
 import pytest
 
-from tclib.cli.run import declared_names, has_smollm2, own_model
+from tclib.cli.prepare import has_smollm2, own_model
+from tclib.cli.run import declared_names
 from tests.conftest import COMMITTED
 
 # notebook -> parameters that change what it shows and keep it quick

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from importlinter.cli import lint_imports
 
-from tclib.cli.run import own_model
+from tclib.cli.prepare import own_model
 from tests.conftest import COMMITTED, REPO
 
 LONGEST_CELL = 25

@@ -20,7 +20,7 @@ import tclib as tc
 from tclib import interventions, targets
 from tclib.blind import rules
 from tclib.cli import bootstrap, teach
-from tclib.cli.run import has_smollm2, own_model
+from tclib.cli.prepare import has_smollm2, own_model
 from tclib.nb.teaching import checks, report, students
 from tclib.nb.teaching.verdict import NotYet, judge
 from tclib.tasks import greater_than as gt

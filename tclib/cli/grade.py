@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tclib.cli.bootstrap import REPO
-from tclib.cli.run import Refused, select
+from tclib.cli.prepare import Refused
+from tclib.cli.run import select
 from tclib.cli.teach import KERNEL, inspect
 
 TEXT = {"capture_output": True, "text": True}

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tclib.cli.bootstrap import REPO, torch_pin
-from tclib.cli.run import Refused, select
+from tclib.cli.prepare import Refused
+from tclib.cli.run import select
 
 KERNEL = "transcoder-circuits"
 # So that nbgrader by hand refuses to grade without the kernel, where it would give 0 points otherwise.

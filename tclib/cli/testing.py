@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tclib.cli.bootstrap import REPO, wait
-from tclib.cli.run import has_smollm2, own_model
+from tclib.cli.prepare import has_smollm2, own_model
 
 CELL_TIMEOUT = 300
 LINT_IMPORTS = (
