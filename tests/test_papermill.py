@@ -48,6 +48,7 @@ SECOND_SET: dict[str, dict[str, Any]] = {
         "rows": 16,
         "seed": 1,
     },
+    "11_other_dictionaries": {"layer": 1, "units": 128, "k": 8, "steps": 8, "rows": 32, "draws": 3, "seed": 1},
     "07_sweep_report": {"metric": "kl", "k": [4], "d_features": 32, "steps": 4, "seed": 1},
     "06_greater_than": {
         "nouns": ["truce", "lease"],

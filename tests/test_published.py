@@ -15,7 +15,7 @@ NAMES = list(published.entries())
 def test_every_entry_says_where_it_is_from_and_what_it_measured(name):
     entry = published.entries()[name]
     assert entry.keys() == {"source", "measured", "differs", "values"}
-    assert "arXiv:2406.11944" in entry["source"] and all(entry.values())
+    assert "arXiv:" in entry["source"] and all(entry.values())
     for value in published.values(name).values():
         assert isinstance(value, str) or math.isfinite(value)
 

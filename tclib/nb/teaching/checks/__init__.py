@@ -5,6 +5,7 @@ The functions below are all that notebooks use; a module has those of one notebo
 
 from tclib.nb.teaching.checks.check_blind import blind_rule, keys_too, moved_rule
 from tclib.nb.teaching.checks.check_circuits import invariant, through_head, two_tokens
+from tclib.nb.teaching.checks.check_dictionaries import code_bits, label_fvu, orthogonal_pursuit
 from tclib.nb.teaching.checks.check_evaluation import auroc, fvu_in_pieces, paired_interval, recovered_from_mean
 from tclib.nb.teaching.checks.check_features import promoted, tokens_needed, two_shares
 from tclib.nb.teaching.checks.check_greater_than import backward_difference, keep_live, moving_head, warmer
@@ -17,6 +18,7 @@ __all__ = [
     "backward_difference",
     "best_activation",
     "blind_rule",
+    "code_bits",
     "dodge",
     "fold",
     "forward",
@@ -24,8 +26,10 @@ __all__ = [
     "invariant",
     "keep_live",
     "keys_too",
+    "label_fvu",
     "moved_rule",
     "moving_head",
+    "orthogonal_pursuit",
     "paired_interval",
     "path_contribution",
     "promoted",
