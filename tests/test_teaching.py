@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import textwrap
@@ -63,6 +64,23 @@ def own_means(z, group):
 
 def along(slope, x, base, steps):
     return torch.stack([slope(base + (i + 0.5) / steps * (x - base)) for i in range(steps)]).mean(0)
+
+
+def fitted(y, D, picks):
+    return torch.zeros(len(D), dtype=y.dtype).index_add(0, torch.tensor(picks), torch.linalg.pinv(D[picks]).T @ y)
+
+
+def pursued(y, D, k, refit=True, size=torch.abs):
+    z, picks = torch.zeros(len(D), dtype=y.dtype), []
+    for _ in range(k):
+        fit = D @ (y - z @ D)
+        picks.append(int(size(fit).argmax()))
+        z = fitted(y, D, picks) if refit else z.index_add(0, torch.tensor(picks[-1:]), fit[picks[-1:]])
+    return z
+
+
+def by_kind(y, kind, middle=lambda rows: rows.mean(0)):
+    return torch.stack([middle(y[kind == one]) for one in kind])
 
 
 # check -> the right answer, and wrong ones with a word of the message that each must get
@@ -248,6 +266,50 @@ ANSWERS: dict[str, tuple[Callable, dict[str, Any]]] = {
             "leave the end": lambda h, act, steps: (h[:-steps] & (act[steps:] > 0)).sum() / h[:-steps].sum(),
             "recall": lambda h, act, steps: (np.roll(h, steps) & (act > 0)).sum() / (act > 0).sum(),
             "agree": lambda h, act, steps: (np.roll(h, steps) == (act > 0)).mean(),
+        },
+    ),
+    "orthogonal_pursuit": (
+        lambda y, D, k: pursued(y, D, k),
+        {
+            "plain matching": lambda y, D, k: pursued(y, D, k, refit=False),
+            "only positive": lambda y, D, k: pursued(y, D, k, size=lambda fit: fit),
+            "at once": lambda y, D, k: fitted(y, D, (D @ y).abs().topk(k).indices.tolist()),
+            "least-squares fit": lambda y, D, k: torch.where(pursued(y, D, k) != 0, D @ y, 0),
+            "what is left": lambda y, D, k: y - pursued(y, D, k) @ D,
+        },
+    ),
+    "code_bits": (
+        lambda n, k, bits: (
+            np.log2(math.factorial(n) / math.factorial(k) / math.factorial(n - k) * 2.0 ** (k * bits)),
+            np.log2(n // k) * k,
+        ),
+        {
+            "base 2": lambda n, k, bits: (np.log(math.comb(n, k)) + k * bits * np.log(2), k * np.log(n // k)),
+            "of TopK are missing": lambda n, k, bits: (np.log2(math.comb(n, k)), k * np.log2(n // k)),
+            "its own": lambda n, k, bits: (np.log2(math.comb(n, k)) + bits, k * np.log2(n // k)),
+            "have no order": lambda n, k, bits: (k * np.log2(n) + k * bits, k * np.log2(n // k)),
+            "not n": lambda n, k, bits: (np.log2(math.comb(n, k)) + k * bits, k * np.log2(n)),
+            "has no amplitudes": lambda n, k, bits: (
+                np.log2(math.comb(n, k)) + k * bits,
+                k * np.log2(n // k) + k * bits,
+            ),
+            "the order: TopK": lambda n, k, bits: (k * np.log2(n // k), np.log2(math.comb(n, k)) + k * bits),
+        },
+    ),
+    "label_fvu": (
+        lambda y, kind: fvu(y, by_kind(y, kind)),
+        {
+            "share explained": lambda y, kind: 1 - fvu(y, by_kind(y, kind)),
+            "counts alike": lambda y, kind: (
+                np.mean([y[kind == one].var(0, correction=0).sum() for one in kind.unique()])
+                / y.var(0, correction=0).sum()
+            ),
+            "in the denominator": lambda y, kind: (y - by_kind(y, kind)).square().sum() / y.square().sum(),
+            "not divided": lambda y, kind: (y - by_kind(y, kind)).square().sum(),
+            "squared lengths": lambda y, kind: (
+                (y - by_kind(y, kind)).norm(dim=1).sum() / (y - y.mean(0)).norm(dim=1).sum()
+            ),
+            "median": lambda y, kind: fvu(y, by_kind(y, kind, lambda rows: rows.median(0).values)),
         },
     ),
     "backward_difference": (

@@ -5,6 +5,7 @@ The functions below are all that notebooks use; a module has those of one notebo
 
 from tclib.nb.teaching.checks.check_blind import blind_rule, keys_too, moved_rule
 from tclib.nb.teaching.checks.check_circuits import invariant, through_head, two_tokens
+from tclib.nb.teaching.checks.check_dictionaries import code_bits, label_fvu, orthogonal_pursuit
 from tclib.nb.teaching.checks.check_evaluation import auroc, fvu_in_pieces, paired_interval, recovered_from_mean
 from tclib.nb.teaching.checks.check_features import promoted, tokens_needed, two_shares
 from tclib.nb.teaching.checks.check_greater_than import (
@@ -27,6 +28,7 @@ __all__ = [
     "best_activation",
     "blind_rule",
     "both_orders",
+    "code_bits",
     "dodge",
     "fair_start",
     "fold",
@@ -36,9 +38,11 @@ __all__ = [
     "invariant",
     "keep_live",
     "keys_too",
+    "label_fvu",
     "moved_rule",
     "moving_head",
     "one_reading",
+    "orthogonal_pursuit",
     "paired_interval",
     "path_contribution",
     "promoted",
