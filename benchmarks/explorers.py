@@ -52,7 +52,7 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
     browser.query.value, browser.by.value = "year", "label"
     yield "browser: label", settings(browser.query, "noun", "year")
     browser.by.value = "similarity"
-    yield "browser: similarity", settings(browser.number, "606", "892")
+    yield "browser: similarity", settings(browser.number, "107", "1334")
 
     walker = ui.Walker(model, transcoders, PROMPT, "45", "20")
     yield "walker: prompt", settings(walker.prompt, PROMPT.replace("war", "siege"), PROMPT)
@@ -71,8 +71,8 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
         editor.out.click()
     yield "editor: frozen or free", settings(editor.frozen, "all else frozen", "all else answers")
 
-    weights = ui.Weights(transcoders, index, 2, 892)
-    yield "weights: feature", settings(weights.feature, "606", "892")
+    weights = ui.Weights(transcoders, index, 2, 1334)
+    yield "weights: feature", settings(weights.feature, "107", "1334")
     yield "weights: sources", settings(weights.source, 0, 1)
     yield "weights: weighting", settings(weights.by, "input_x_gradient", "target_weighted")
 

@@ -72,7 +72,7 @@ def shells(parts) -> dict[str, base.Explorer]:
         "browser": ui.Browser(model, transcoders, summary),
         "walker": ui.Walker(model, transcoders, PROMPT, "45", "20"),
         "editor": ui.Editor(model, transcoders, PROMPT, "45", "20"),
-        "weights": ui.Weights(transcoders, index, 2, 892),
+        "weights": ui.Weights(transcoders, index, 2, 1334),
         "lab": ui.Lab(model, transcoders, nouns=["war", "siege"]),
     }
 
@@ -222,8 +222,8 @@ def test_free_measurement_is_the_models_own(traced, answer, parts):
 
 def test_rankings_begin_with_the_pullback(parts, traced):
     _, transcoders, _, index = parts
-    table = weights.rankings(index, transcoders, 2, 892, 1)
-    pullback = connections.pullback(traced, targets.feature(traced, 2, 892), 1)
+    table = weights.rankings(index, transcoders, 2, 1334, 1)
+    pullback = connections.pullback(traced, targets.feature(traced, 2, 1334), 1)
     np.testing.assert_allclose(table["input_invariant"], pullback.loc[table.index], atol=1e-4)
     shared = weights.agreement(table, "input_invariant")
     assert (shared["overlap"] == 1).all() and (shared["chance"] < 0.2).all()
@@ -251,12 +251,12 @@ def test_searches_of_the_browser(parts):
     assert {model.tokenizer.decode([t]) for t in found["token"]} <= {"war", " war"}
     label = browser.of_layer(summary, 0)["label"].dropna().iloc[0]
     assert browser.by_label(summary, 0, label)["label"].str.contains(label, regex=False).all()
-    near = browser.similar(transcoders, summary, 2, 892)
+    near = browser.similar(transcoders, summary, 2, 1334)
     W = transcoders[2].W_dec
     assert near["cosine"].iloc[0] == pytest.approx(
-        torch.cosine_similarity(W[892], W[near.index[0]], dim=0).item(), abs=1e-5
+        torch.cosine_similarity(W[1334], W[near.index[0]], dim=0).item(), abs=1e-5
     )
-    shown = browser.examples(model, summary, 2, 892)
+    shown = browser.examples(model, summary, 2, 1334)
     assert (shown["band"] == 0).any()
     row = shown.loc[shown["activation"].idxmax()]
 
@@ -295,7 +295,7 @@ def moves(name: str, shell: Any) -> list[tuple[w.Widget, Any]]:
             (shell.feature, shell.feature.options[2][1]), (shell.token, 8), (shell.layer, 0), (shell.prompt, OTHER)
         ],
         "browser": lambda: [
-            (shell.list, shell.list.options[3][1]), (shell.range, (0.0, 1e-3)), (shell.number, "606"), (shell.layer, 1),
+            (shell.list, shell.list.options[3][1]), (shell.range, (0.0, 1e-3)), (shell.number, "107"), (shell.layer, 1),
             (shell.by, "similarity"),
         ],
         "walker": lambda: [
@@ -306,7 +306,7 @@ def moves(name: str, shell: Any) -> list[tuple[w.Widget, Any]]:
             (shell.top, 5), (shell.share, 0.05), (shell.prompt, PROMPT.replace("war", "siege")), (shell.other, "")
         ],
         "weights": lambda: [
-            (shell.feature, "606"), (shell.by, "input_x_gradient"), (shell.source, 0), (shell.layer, 1)
+            (shell.feature, "107"), (shell.by, "input_x_gradient"), (shell.source, 0), (shell.layer, 1)
         ],
         "lab": lambda: [
             (shell.year, 60), (shell.kept, 2), (shell.out, (shell.out.options[0][1],)), (shell.units, "neurons"),
@@ -555,7 +555,7 @@ def test_one_selection_for_all(parts):
     found = ui.Browser(model, transcoders, summary, index, selected)
     walk = ui.Walker(model, transcoders, PROMPT, "45", "20", selected)
     edit = ui.Editor(model, transcoders, PROMPT, "45", "20", selected)
-    by_weights = ui.Weights(transcoders, index, 2, 892, selected)
+    by_weights = ui.Weights(transcoders, index, 2, 1334, selected)
     assert selected.feature is None and selected.card.value == ""
     for shell in (scope, walk, edit, by_weights):
         assert selected.card in tree(shell.box)
@@ -564,9 +564,9 @@ def test_one_selection_for_all(parts):
     assert selected.feature == (2, feature)
     assert f"mlp2[{feature}]" in selected.card.value and f"mlp2[{feature}]" in found.card.value
     assert by_weights.feature.value == str(feature) == found.number.value
-    source = next(row for text, row in walk.source.options if text.startswith("mlp") and "[606]" in text)
+    source = next(row for text, row in walk.source.options if text.startswith("mlp") and "[107]" in text)
     walk.source.value = source
-    assert selected.feature[1] == 606 and "[606]" in found.card.value
+    assert selected.feature[1] == 107 and "[107]" in found.card.value
     name = next(n for _, n in edit.nodes.options if n.startswith("mlp0"))
     edit.nodes.value = [name]
     assert selected.feature == (0, edit.circuit.nodes[name]["feature"])
@@ -577,11 +577,11 @@ def test_one_selection_for_all(parts):
 
 def test_cards_explain_bands_and_have_a_histogram(parts):
     model, transcoders, summary, index = parts
-    text = browser.card(tc.trace(model, transcoders, PROMPT), summary, 2, 892, index)
+    text = browser.card(tc.trace(model, transcoders, PROMPT), summary, 2, 1334, index)
     assert "band 1 of 5" in text and "cut into 5 parts of equal number, band 1 the strongest" in text
     section = text[text.index("its activations on") :]
     counts = [int(n.replace(",", "")) for n in re.findall(r"text-align: right[^>]*>([\d,]+)</td>", section)]
-    assert len(counts) == browser.BINS and sum(counts) == count(index, 2, 892)
+    assert len(counts) == browser.BINS and sum(counts) == count(index, 2, 1334)
 
 
 def test_work_can_be_cancelled():
@@ -689,7 +689,7 @@ def test_bad_input_is_one_sentence_and_the_view_stays(parts, name, control, valu
         "microscope": lambda: ui.Microscope(model, transcoders, PROMPT),
         "walker": lambda: ui.Walker(model, transcoders, PROMPT, "45", "20"),
         "editor": lambda: ui.Editor(model, transcoders, PROMPT, "45", "20"),
-        "weights": lambda: ui.Weights(transcoders, index, 2, 892),
+        "weights": lambda: ui.Weights(transcoders, index, 2, 1334),
         "browser": lambda: ui.Browser(model, transcoders, summary),
     }[name]()
     before, moved = views(shell), getattr(shell, control)
@@ -697,7 +697,7 @@ def test_bad_input_is_one_sentence_and_the_view_stays(parts, name, control, valu
     assert wrong(shell) and sentence in shell.status.value
     assert views(shell) == before
     # and it goes on from there
-    fixed = {"prompt": OTHER, "token": "50", "other": "30", "feature": "606", "number": "606"}
+    fixed = {"prompt": OTHER, "token": "50", "other": "30", "feature": "107", "number": "107"}
     if control in fixed:
         moved.value = fixed[control]
         assert not wrong(shell) and views(shell) != before
@@ -709,7 +709,7 @@ def test_a_feature_that_never_fired(parts):
     silent = next(f for f in range(2048) if count(index, 2, f) == 0)
     shell = ui.Weights(transcoders, index, 2, silent)
     assert "never fired" in shell.status.value and not wrong(shell) and "by weights alone" in shell.invariant.value
-    shell.feature.value = "892"
+    shell.feature.value = "1334"
     assert "fired on" in shell.status.value
     if len(dead):
         shell = ui.Browser(model, transcoders, summary)

@@ -45,7 +45,7 @@ where = build_index(lm, layers, tc.load_text(lm, "chronicle", 32), Path(folder.n
     "Feature browser": "ui.Browser(lm, layers, load_summary(lm, layers))",
     "Attribution walker": 'ui.Walker(lm, layers, prompt, "45", "20")',
     "Circuit editor": 'ui.Editor(lm, layers, prompt, "45", "20")',
-    "Weights explorer": "ui.Weights(layers, where, 2, 892)",
+    "Weights explorer": "ui.Weights(layers, where, 2, 1334)",
     "Greater-than laboratory": "ui.Lab(lm, layers)",
 }
 # What a hand does: which labelled control, and the keys or the click.
@@ -58,7 +58,7 @@ MOVES = {
     ],
     "Feature browser": [
         ("found", ["ArrowDown"]),
-        ("feature", ["Control+a", "type:606", "Enter"]),
+        ("feature", ["Control+a", "type:107", "Enter"]),
         ("layer", ["ArrowUp"]),
         ("search by", "click:label"),
         ("for", ["type:year", "Enter"]),
@@ -80,7 +80,7 @@ MOVES = {
         ("", "click:save"),
     ],
     "Weights explorer": [
-        ("feature", ["Control+a", "type:606", "Enter"]),
+        ("feature", ["Control+a", "type:107", "Enter"]),
         ("sources in", ["ArrowUp"]),
         ("by text:", "click:mean input x gradient"),
     ],
