@@ -24,6 +24,7 @@ COLUMNS = [
     "position",  # where the source stood
     "token",
     "feature",
+    "written",  # in which layer's MLP output, of a feature; another than ``layer`` in a cross-layer transcoder alone
     "input_dependent",  # z / scale for features, pattern / scale for heads
     "input_invariant",  # f_dec . reader for features
     "contribution",
@@ -38,10 +39,11 @@ class UnbalancedError(RuntimeError):
 def attribute(trace: Trace, target: Target) -> pd.DataFrame:
     """Every source of a target with its signed contribution; they sum to the target.
 
-    One row per source: active transcoder ``feature``; transcoder ``error``, ``skip`` path and ``transcoder_bias`` of a
-    layer; ``head`` and source position (BOS included), its ``value_bias``, and ``attention_bias`` of a layer;
-    ``embedding`` and ``position`` embedding; ``target_bias``, the target's own (b_enc or b_U), and ``norm_bias`` of
-    the LayerNorm it reads through. Value and LayerNorm biases are folded away, and have no rows, in a processed model.
+    One row per source: active transcoder ``feature`` (of a cross-layer transcoder, one for each layer ``written``);
+    transcoder ``error``, ``skip`` path and ``transcoder_bias`` of a layer; ``head`` and source position (BOS included),
+    its ``value_bias``, and ``attention_bias`` of a layer; ``embedding`` and ``position`` embedding; ``target_bias``,
+    the target's own (b_enc or b_U), and ``norm_bias`` of the LayerNorm it reads through. Value and LayerNorm biases are
+    folded away, and have no rows, in a processed model.
     A layer without a transcoder is one row of kind ``mlp``: all of its MLP is error.
 
     Returns:
@@ -71,7 +73,7 @@ def attribute(trace: Trace, target: Target) -> pd.DataFrame:
         biases["norm_bias"] = target.norm_bias(trace)
     for kind, contribution in biases.items():
         _add(columns, 1, {"kind": kind, "position": target.position, "contribution": contribution})
-    table = pd.DataFrame(columns).astype({c: "Int64" for c in ("layer", "head", "feature")})
+    table = pd.DataFrame(columns).astype({c: "Int64" for c in ("layer", "head", "feature", "written")})
     table = table.astype({c: float for c in ("input_dependent", "input_invariant", "contribution")})
     table["token"] = [trace.token_strings[p] for p in table["position"]]
     table = table.sort_values("contribution", key=abs, ascending=False, ignore_index=True)

@@ -58,7 +58,9 @@ def pullback(trace: Trace, target: Target, layer: int, heads: Sequence[Head] = (
     before = heads[-1][0] if heads else target.layer
     if layer >= before:
         raise ValueError(f"the features of layer {layer} are written after layer {before} reads")
-    return _ranked(transcoder.W_dec @ _before(trace, layer, reader(trace, target, heads)), "input_invariant")
+    readers = reader(trace, target, heads)
+    factors = sum(rows @ _before(trace, at, readers) for at, rows in _writes(transcoder, layer, before))
+    return _ranked(factors, "input_invariant")
 
 
 @torch.no_grad()
@@ -124,9 +126,9 @@ def logit_lens(trace: Trace, layer: int, index: int) -> pd.Series:
         A Series by token string, largest first; units of a logit per unit of activation / LayerNorm scale.
     """
     index = trace.feature(layer, index)
-    f_dec = trace.transcoders[layer].W_dec[index]
-    readers = trace.gain("final", 0)[0][:, None] * trace.model.W_U
-    scores = f_dec @ _before(trace, layer, trace.centre("final", 0, readers.T)).T
+    readers = trace.centre("final", 0, (trace.gain("final", 0)[0][:, None] * trace.model.W_U).T)
+    writes = _writes(trace.transcoders[layer], layer, trace.model.cfg.n_layers)
+    scores = sum(_before(trace, at, readers) @ rows[index] for at, rows in writes)
     return _ranked(scores - scores.mean(), "logit_lens", _vocabulary(trace.model))
 
 
@@ -138,13 +140,13 @@ def ov_connections(trace: Trace, target: Target, layer: int, index: int) -> pd.D
         ``layer`` and ``head`` of every head between the two, ``input_invariant``; largest magnitude first.
     """
     index = trace.feature(layer, index)
-    f_dec = trace.transcoders[layer].W_dec[index]
 
-    def through(at: int, head: int) -> Tensor:
-        return _before(trace, layer, reader(trace, target, [(at, head)]))
+    def through(at: int, head: int) -> float:
+        readers, writes = reader(trace, target, [(at, head)]), _writes(trace.transcoders[layer], layer, at)
+        return sum((rows[index] @ _before(trace, written, readers)).item() for written, rows in writes)
 
     rows = [
-        {"layer": at, "head": head, "input_invariant": (f_dec @ through(at, head)).item()}
+        {"layer": at, "head": head, "input_invariant": through(at, head)}
         for at in trace.attention_before(target.place, target.layer)
         if at > layer
         for head in range(trace.model.cfg.n_heads)
@@ -190,7 +192,10 @@ def data_weighted(
     tokens = check_tokens(model, tokens)
     norm, after = Block.of(model, target_layer).before_mlp, norm_after(model, source_layer, source.config.hook_out)
     reads = target.W_enc[:, index] if norm is None else norm.centre(target.W_enc[:, index])
-    invariant = source.W_dec @ (reads if after is None else after.centre(reads * after.gain))
+    if after is not None and source.config.n_writes is not None:
+        raise ValueError("a cross-layer transcoder that writes through norms has a scale for each write: use attribute")
+    rows = source.written(target_layer - source_layer)
+    invariant = rows @ (reads if after is None else after.centre(reads * after.gain))
     scales = [f"{n.hook}.hook_scale" for n in (norm, after) if n is not None]
     names = {hook_in(source_layer), hook_in(target_layer), *scales}
     masked, weighted = torch.zeros_like(invariant), torch.zeros_like(invariant)
@@ -227,6 +232,11 @@ def overlap(a: pd.Series, b: pd.Series, ks: Sequence[int] = (10, 20, 50)) -> pd.
         for k in ks
     ]
     return pd.DataFrame(rows)
+
+
+def _writes(transcoder: Transcoder, layer: int, before: int) -> list[tuple[int, Tensor]]:
+    """The layers that a transcoder's features write to before another one reads, and the decoder rows."""
+    return [(at, transcoder.rows(at - layer)) for at in range(layer, min(layer + transcoder.reach, before))]
 
 
 def _before(trace: Trace, layer: int, readers: Tensor) -> Tensor:

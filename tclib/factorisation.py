@@ -27,7 +27,9 @@ def by_features(trace: Trace, layer: int, position: int, direction: Float[Tensor
         ``contribution``; the rows that are no features have a contribution alone.
     """
     here = torch.tensor([trace.position(position)], device=direction.device)
-    features, *others = of_mlp(trace, trace.layer(layer, with_transcoder=True))
+    if trace.transcoders[trace.layer(layer, with_transcoder=True)].config.n_writes is not None:
+        raise ValueError("features of several layers write to an MLP of a cross-layer transcoder: use attribute")
+    features, *others = of_mlp(trace, layer)
     active = features.items(here)
     rest = {}
     for source in others:

@@ -7,8 +7,9 @@ one forward pass and always takes away again. Lists add up with ``+``; what is f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import hook_in, hook_out, our_name
 from tclib.inputs import check_tokens, counted, from_end, whole
-from tclib.transcoder import Transcoder
+from tclib.transcoder import Transcoder, imitation, is_cross_layer
 
 Hook = tuple[str, Callable]
 Positions = slice | int | Sequence[int]
@@ -62,11 +63,14 @@ def edited(model: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
         yield
 
 
-def freeze(values: Mapping[str, Tensor], what: Sequence[Frozen]) -> list[Hook]:
+def freeze(values: Mapping[str, Tensor], what: Sequence[Frozen], layers: Collection[int] | None = None) -> list[Hook]:
     """What an intervention must not change: attention patterns, LayerNorm scales, attention values, MLP outputs.
 
     They stay at ``values``, a cache of the untouched run of the same prompts (``model.run_with_cache(tokens)[1]``) or
     of one prompt (``trace.cache``) for any number of rows of it. What is not frozen is free to answer.
+
+    Args:
+        layers: freeze only these, as in constrained patching (Ameisen et al. 2025); by default all, and the final norm.
 
     Raises:
         ValueError: something else to freeze, or a cache without it.
@@ -75,11 +79,14 @@ def freeze(values: Mapping[str, Tensor], what: Sequence[Frozen]) -> list[Hook]:
     if unknown:
         raise ValueError(f"{sorted(unknown)} cannot be frozen: choose from {', '.join(_FROZEN)}")
     hooks = []
+    wanted = None if layers is None else tuple(f"blocks.{counted('layer', layer)}." for layer in layers)
     for suffix in (_FROZEN[name] for name in what):
         found = [(name, value) for name, value in values.items() if name.endswith(suffix)]
         if not found:
             raise ValueError(f"the cache has no {suffix[1:]}: run the model once on these prompts and keep it")
         for name, value in found:
+            if wanted is not None and not name.startswith(wanted):
+                continue
             own = name.replace("hook_mlp_out", "mlp.hook_out")  # before a norm that follows, where edits may be made
             hooks.append((own, _keep(values[own])) if own in values else (name, _keep(value)))
     return hooks
@@ -93,7 +100,45 @@ def replace_mlp(layer: int, transcoder: Transcoder) -> list[Hook]:
     if reads == writes == hook_in(layer):
         raise ValueError("an SAE of the MLP's input reconstructs that input, not the MLP's output: use reencode_input")
     _check_layer(layer, transcoder, "so it cannot replace the MLP")
+    if transcoder.config.n_writes is not None:
+        raise ValueError("the layers of a cross-layer transcoder replace MLPs together: use replace_mlps")
     return _through(layer, transcoder, lambda x, y: transcoder(x))
+
+
+def replace_mlps(
+    transcoders: Mapping[int, Transcoder],
+    layers: Sequence[int],
+    change: Callable[[int, Float[Tensor, "row pos d_features"]], Tensor] | None = None,
+) -> list[Hook]:
+    """The outputs of several MLPs become what a set of transcoders makes of the model's own inputs, as they are then.
+
+    Of a cross-layer transcoder, earlier layers' features write there too, whether or not their own MLP is replaced.
+
+    Args:
+        change: gives the activations to use for those of a layer; by default they are used as they are.
+
+    Raises:
+        ValueError: a layer without a transcoder, or a cross-layer transcoder with layers missing.
+    """
+    is_cross_layer(transcoders)
+    for layer in layers:
+        if layer not in transcoders:
+            raise ValueError(f"layer {layer} has no transcoder: there are some for layers {sorted(transcoders)}")
+        _check_layer(layer, transcoders[layer], "so it cannot replace the MLP")
+    seen: dict[int, Tensor] = {}
+    z: dict[int, Tensor] = {}
+
+    def remember(x: Tensor, hook, at: int) -> None:
+        seen[at], z[at] = x, transcoders[at].encode(x)
+        if change is not None:
+            z[at] = change(at, z[at])
+
+    def edit(y: Tensor, hook, at: int) -> Tensor:
+        return imitation(transcoders, at, z, seen[at])
+
+    read = [at for at, t in transcoders.items() if any(at <= layer < at + t.reach for layer in layers)]
+    hooks = [(transcoders[at].config.hook_in, partial(remember, at=at)) for at in read]
+    return hooks + [(transcoders[layer].config.hook_out, partial(edit, at=layer)) for layer in layers]
 
 
 def reencode_input(layer: int, sae: Transcoder) -> list[Hook]:
@@ -139,7 +184,7 @@ def keep_features(
 ) -> list[Hook]:
     """The MLP is replaced by its transcoder, of which only ``features`` are live; the others are frozen at ``rest``.
 
-    At other positions the MLP is left alone.
+    At other positions the MLP is left alone. (For cross-layer transcoders see `replace_mlps`.)
     """
     _check_layer(layer, transcoder)
     kept = _feature_mask(transcoder, features)
@@ -162,19 +207,17 @@ def set_features(
     value: Tensor | float = 0.0,
     positions: Positions = EVERYWHERE,
 ) -> list[Hook]:
-    """Features take ``value`` (0 removes them); the rest of the MLP, its transcoder's error included, stays."""
-    _check_layer(layer, transcoder)
+    """Features take ``value`` (0 removes them); the rest of the MLP, its transcoder's error included, stays.
+
+    Of a cross-layer transcoder, in all their writes; `freeze` what must not answer those.
+    """
     changed = _feature_mask(transcoder, features)
 
-    def edit(x: Tensor, y: Tensor) -> Tensor:
-        at = _places(positions, x)
-        z = transcoder.encode(x[:, at])
+    def change(z: Tensor) -> Tensor:
         new = torch.where(changed.to(z.device), torch.as_tensor(value, dtype=z.dtype, device=z.device), z)
-        y = y.clone()
-        y[:, at] += (new - z) @ transcoder.W_dec
-        return y
+        return new - z
 
-    return _through(layer, transcoder, edit)
+    return _changing(layer, transcoder, change, positions)
 
 
 def scale_features(
@@ -184,18 +227,29 @@ def scale_features(
     factor: Tensor | float,
     positions: Positions = EVERYWHERE,
 ) -> list[Hook]:
-    """Features fire ``factor`` times as strongly; the rest of the MLP, its transcoder's error included, stays."""
-    _check_layer(layer, transcoder)
+    """Features fire ``factor`` times as strongly; all else is as in `set_features`."""
     changed = _feature_mask(transcoder, features)
+    return _changing(layer, transcoder, lambda z: z * changed.to(z.device) * (factor - 1), positions)
 
-    def edit(x: Tensor, y: Tensor) -> Tensor:
-        at = _places(positions, x)
-        z = transcoder.encode(x[:, at]) * changed.to(x.device)
+
+def _changing(
+    layer: int, transcoder: Transcoder, change: Callable[[Tensor], Tensor], positions: Positions
+) -> list[Hook]:
+    """What ``change`` adds to activations is written wherever the features write."""
+    _check_layer(layer, transcoder)
+    changes: dict[str, Tensor] = {}
+
+    def remember(x: Tensor, hook) -> None:
+        changes["z"] = change(transcoder.encode(x[:, _places(positions, x)]))
+
+    def edit(y: Tensor, hook, later: int) -> Tensor:
         y = y.clone()
-        y[:, at] += (z * factor - z) @ transcoder.W_dec
+        y[:, _places(positions, y)] += changes["z"] @ transcoder.rows(later)
         return y
 
-    return _through(layer, transcoder, edit)
+    reads, writes = transcoder.config.hook_in, transcoder.config.hook_out
+    outputs = [writes.replace(f"blocks.{layer}.", f"blocks.{layer + later}.") for later in range(transcoder.reach)]
+    return [(reads, remember), *((name, partial(edit, later=later)) for later, name in enumerate(outputs))]
 
 
 def _keep(value: Tensor) -> Callable:

@@ -17,6 +17,7 @@ from tclib.activations import hook_in, hook_out
 from tclib.interventions import Hook, edited
 from tclib.targets import Target
 from tclib.tracing import Trace
+from tclib.transcoder import imitation
 
 
 class NotFrozenError(RuntimeError):
@@ -120,18 +121,19 @@ def _by_gradient(trace: Trace, target: Target, slopes: dict[str, Tensor], row) -
         return (whole - bias)[row.position].item()
     if row.kind == "attention_bias":
         return (slopes[f"{block}.hook_out"][row.position] @ trace.model.blocks[row.layer].attn.b_O).item()
-    written = _written(trace, row.layer)
+    at = row.written if row.kind == "feature" else row.layer
+    written = _written(trace, at)
     slope, out = slopes[written][row.position], trace.cache[written][row.position]
     if row.kind == "mlp":
         return (slope @ out).item()
-    transcoder, z = trace.transcoders[row.layer], trace.features[row.layer][row.position]
+    transcoder, here = trace.transcoders[row.layer], {at: z[row.position] for at, z in trace.features.items()}
     x = trace.cache[hook_in(row.layer)][row.position]
     if row.kind == "feature":
-        return (slope @ transcoder.W_dec[row.feature] * z[row.feature]).item()
+        return (slope @ transcoder.rows(at - row.layer)[row.feature] * here[row.layer][row.feature]).item()
     return (slope @ {
         "skip": lambda: x @ transcoder.W_skip,
         "transcoder_bias": lambda: transcoder.b_dec,
-        "error": lambda: out - transcoder.decode(z, x),
+        "error": lambda: out - imitation(trace.transcoders, row.layer, here, x),
     }[row.kind]()).item()  # fmt: skip
 
 

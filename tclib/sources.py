@@ -6,8 +6,8 @@ A source is a number of items of one kind. At position p it writes the sum over 
 
 and the stream that a stage reads is the sum of all sources up to it. Stages order time (`tclib.tracing.Trace.stage`):
 embeddings are 0, attention of layer l is 2l + 1, its MLP 2l + 2. What differs between families of models is in
-`tclib.blocks`. A transcoder that writes to several layers would be one `Features` for each of them, of the layer that
-it reads at and the stage that it writes at.
+`tclib.blocks`. A cross-layer transcoder is one `Features` for each layer pair, of the layer that it reads at and the
+stage that it writes at.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from tclib.activations import hook_in, hook_out
 from tclib.blocks import Norm
 from tclib.tracing import Trace
+from tclib.transcoder import writers
 
 Items = Int[Tensor, " item"]
 Positions = Int[Tensor, " some"]
@@ -115,7 +116,7 @@ class Features(Source):
         return _through(self.after, self.W_dec[items])
 
     def columns(self, items: Items) -> dict[str, list[int]]:
-        return {"feature": items.tolist()}
+        return {"feature": items.tolist(), "written": [self.stage // 2 - 1] * len(items)}
 
     @cached_property
     def written(self) -> tuple[Int[Tensor, " pair"], Items, Float[Tensor, "pair d_model"]]:
@@ -187,30 +188,34 @@ def of_attention(trace: Trace, layer: int) -> Iterator[Source]:
 
 
 def of_mlp(trace: Trace, layer: int) -> Iterator[Source]:
-    """The features of a layer's transcoder and what it misses of the MLP; without a transcoder the MLP as a whole."""
+    """The features that write to an MLP's output and what they miss of it; without a transcoder the MLP as a whole."""
     transcoder, stage = trace.transcoders.get(layer), 2 * layer + 2
     if transcoder is None:
         yield Each("mlp", layer, stage, trace.cache[hook_out(layer)].__getitem__)
         return
-    after, z = trace.after_mlp(layer), trace.features[layer]
+    after = trace.after_mlp(layer)
     x, out, over = trace.cache[hook_in(layer)], trace.cache[transcoder.config.hook_out], 1 / trace.frozen_scale(after)
-    features = Features("feature", layer, stage, z, transcoder.W_dec, after, over)
+    features = [
+        Features("feature", at, stage, trace.features[at], rows, after, over)
+        for at, rows in writers(trace.transcoders, layer).items()
+    ]
     bias = _through(after, transcoder.b_dec)
 
     def skip(positions: Positions) -> Tensor:
         return skip_path(trace, layer, x, positions)
 
     def error(positions: Positions) -> Tensor:
-        if len(positions) == len(z):
-            where, _, rows = features.written
-        else:
-            where, index = z[positions].nonzero(as_tuple=True)
-            rows = features.vectors(index) * (z[positions[where], index] * over[positions[where]])[:, None]
         missed = (_through(after, out[positions]) - bias) * over[positions, None]
-        missed = missed.index_add(0, where, rows, alpha=-1)
+        for part in features:
+            if len(positions) == len(over):
+                where, _, rows = part.written
+            else:
+                where, index = part.z[positions].nonzero(as_tuple=True)
+                rows = part.vectors(index) * (part.z[positions[where], index] * over[positions[where]])[:, None]
+            missed = missed.index_add(0, where, rows, alpha=-1)
         return missed if transcoder.W_skip is None else missed - skip(positions)
 
-    yield features
+    yield from features
     if transcoder.W_skip is not None:
         yield Each("skip", layer, stage, skip)
     yield Each("error", layer, stage, error)

@@ -18,7 +18,7 @@ from tclib.blocks import Block, Norm
 from tclib.inputs import check_tokens, feature_of, from_end, whole, words
 from tclib.interventions import edited
 from tclib.model import to_tokens, token_strings
-from tclib.transcoder import Transcoder
+from tclib.transcoder import Transcoder, imitation, is_cross_layer
 
 # Where a number is read: what attention reads (after ln1), a transcoder (after ln2), the unembedding (after ln_final).
 Place = Literal["attn_in", "mlp_in", "final"]
@@ -212,6 +212,7 @@ def trace(
     for layer, transcoder in transcoders.items():
         check_belongs(model, layer, transcoder)
         check_dtype(model, layer, transcoder)
+    is_cross_layer(transcoders)  # refuses one of which layers are missing
     # See `Trace.logits`. And transformers' RMSNorm rounds to float32 in any model, unless its scale is edited.
     hooks = [("unembed.hook_in", lambda value, hook: value[:, :0])]
     if model.ln_final.uses_rms_norm:
@@ -272,9 +273,10 @@ def check_dtype(model: TransformerBridge, layer: int, transcoder: Transcoder) ->
 def _check_fit(trace: Trace) -> None:
     """BOS is left out, as in training. Compared with zero: a prompt's mean is a noisy baseline."""
     kept = words(trace.model, trace.tokens)
+    z = {layer: z[kept] for layer, z in trace.features.items()}
     for layer, transcoder in trace.transcoders.items():
         y, x = trace.cache[transcoder.config.hook_out][kept], trace.cache[hook_in(layer)][kept]
-        error = (y - transcoder.decode(trace.features[layer][kept], x)).square().sum() / y.square().sum()
+        error = (y - imitation(trace.transcoders, layer, z, x)).square().sum() / y.square().sum()
         if not error < 1:
             raise ValueError(
                 f"the transcoder of layer {layer} is further from this model's MLP than zero is (unexplained fraction "

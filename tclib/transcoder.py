@@ -4,6 +4,12 @@
     TC(x) = z(x) W_dec + b_dec  [+ x W_skip]
 
 (paper, section 3.1). A sparse autoencoder is the same object with ``hook_in == hook_out``.
+
+The features of a cross-layer transcoder (Ameisen et al. 2025) read one MLP's input and write to that and later MLPs'
+outputs, with decoder rows of their own for each. It is a set with one `Transcoder` for each layer that it reads at,
+which only together imitate an MLP (see `imitation`):
+
+    y_l  =  sum_{k <= l}  z_k W_dec[k -> l]  +  b_dec_l
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from tclib import onednn_matmul
 from tclib.io import safe_files
 
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
-ROUNDED = {"W_enc": 0, "W_dec": 1}  # in int8 files, and along which dimension the weights of one feature lie
+ROUNDED = {"W_enc": 1, "W_dec": 0}  # in int8 files, and which of their dimensions counts the features
 
 
 class TranscoderConfig(BaseModel):
@@ -38,6 +44,7 @@ class TranscoderConfig(BaseModel):
     activation: Activation = "relu"
     k: PositiveInt | None = None
     skip: bool = False
+    n_writes: PositiveInt | None = None  # cross-layer: how many MLPs are written to, from the one that is read on
     model_name: str = "bundled"
     training: dict = {}
 
@@ -47,6 +54,8 @@ class TranscoderConfig(BaseModel):
             raise ValueError("a topk transcoder needs k")
         if self.k is not None and self.k > self.d_features:
             raise ValueError(f"k = {self.k} is more than the {self.d_features} features")
+        if self.n_writes is not None and self.hook_in == self.hook_out:
+            raise ValueError("an SAE writes where it reads, so it has no n_writes")
         return self
 
 
@@ -55,7 +64,7 @@ class Transcoder(nn.Module):
 
     ``W_enc [d_in, d_features]``, ``b_enc [d_features]``, ``W_dec [d_features, d_out]``, ``b_dec [d_out]``,
     and where the kind has them ``W_skip [d_in, d_out]`` and ``threshold [d_features]`` (jumprelu; batchtopk uses one
-    value for all, fixed after training).
+    value for all, fixed after training). ``W_dec [d_features, n_writes, d_out]`` in a cross-layer transcoder.
     """
 
     def __init__(self, config: TranscoderConfig):
@@ -64,11 +73,24 @@ class Transcoder(nn.Module):
         c = config
         self.W_enc = nn.Parameter(torch.zeros(c.d_in, c.d_features))
         self.b_enc = nn.Parameter(torch.zeros(c.d_features))
-        self.W_dec = nn.Parameter(torch.zeros(c.d_features, c.d_out))
+        self.W_dec = nn.Parameter(torch.zeros(expected_shapes(c)["W_dec"]))
         self.b_dec = nn.Parameter(torch.zeros(c.d_out))
         self.W_skip = nn.Parameter(torch.zeros(c.d_in, c.d_out)) if c.skip else None
         has_threshold = c.activation in ("jumprelu", "batchtopk")
         self.threshold = nn.Parameter(torch.zeros(c.d_features)) if has_threshold else None
+
+    @property
+    def reach(self) -> int:
+        """How many MLPs the features write to, from the one that they read on: 1 unless they are cross-layer."""
+        return self.config.n_writes or 1
+
+    def rows(self, later: int = 0) -> Float[Tensor, "d_features d_out"]:
+        """The decoder rows for the MLP so many layers after the one that is read."""
+        return self.W_dec if self.config.n_writes is None else self.W_dec[:, later]
+
+    def written(self, within: int | None = None) -> Float[Tensor, "d_features d_out"]:
+        """What a feature writes in all, per unit of activation, or to the first ``within`` MLPs alone."""
+        return self.W_dec if self.config.n_writes is None else self.W_dec[:, :within].sum(1)
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_features"]:
         """``x W_enc + b_enc``."""
@@ -98,7 +120,16 @@ class Transcoder(nn.Module):
     def decode(
         self, z: Float[Tensor, "*batch d_features"], x: Float[Tensor, "*batch d_in"] | None = None
     ) -> Float[Tensor, "*batch d_out"]:
-        """The output that activations z stand for; a skip transcoder needs its input x as well."""
+        """The output that activations z stand for; a skip transcoder needs its input x as well.
+
+        Raises:
+            ValueError: a skip transcoder without x; a cross-layer one, whose layers decode together (`imitation`).
+        """
+        if self.config.n_writes is not None:
+            raise ValueError(
+                "the layers of a cross-layer transcoder imitate an MLP together: call "
+                "tclib.transcoder.imitation(transcoders, layer, z, x)"
+            )
         out = z @ self.W_dec + self.b_dec
         if self.W_skip is None:
             return out
@@ -124,7 +155,7 @@ class Transcoder(nn.Module):
         tensors = {name: t.detach().cpu() for name, t in self.state_dict().items()}
         if dtype == torch.int8:
             dtype = torch.float16
-            rounded = {name: _rounded(tensors.pop(name), along) for name, along in ROUNDED.items()}
+            rounded = {name: _rounded(tensors.pop(name), counts) for name, counts in ROUNDED.items()}
         else:
             rounded = {}
         tensors = {name: t.to(dtype).contiguous() for name, t in tensors.items()}
@@ -162,10 +193,55 @@ class Transcoder(nn.Module):
         return transcoder.eval().requires_grad_(False)
 
 
+def writers(transcoders: Mapping[int, Transcoder], layer: int) -> dict[int, Float[Tensor, "d_features d_out"]]:
+    """Whose features write to one MLP's output, by layer, and with which decoder rows: those of that layer, and in a
+    cross-layer transcoder those of earlier ones."""
+    return {at: t.rows(layer - at) for at, t in transcoders.items() if at <= layer < at + t.reach}
+
+
+def imitation(
+    transcoders: Mapping[int, Transcoder],
+    layer: int,
+    z: Mapping[int, Float[Tensor, "*batch d_features"]],
+    x: Float[Tensor, "*batch d_in"],
+) -> Float[Tensor, "*batch d_out"]:
+    """What a set of transcoders puts in place of an MLP's output, from the activations z of all its layers.
+
+    Args:
+        x: the input of that MLP, for a skip path.
+    """
+    own = transcoders[layer]
+    out = own.b_dec if own.W_skip is None else own.b_dec + x @ own.W_skip
+    for at, rows in writers(transcoders, layer).items():
+        out = out + z[at] @ rows
+    return out
+
+
+def is_cross_layer(transcoders: Mapping[int, Transcoder]) -> bool:
+    """Whether features write to the outputs of other MLPs than their own; refuses a set with layers missing.
+
+    Raises:
+        ValueError: features write to an MLP of which the set has no transcoder, or only some layers are cross-layer.
+    """
+    cross = {at: t.reach for at, t in transcoders.items() if t.config.n_writes is not None}
+    for at, reach in cross.items():
+        for layer in range(at, at + reach):
+            if layer not in cross:
+                raise ValueError(
+                    f"the cross-layer transcoder of layer {at} writes to layers {at} to {at + reach - 1}, and the set "
+                    f"has no part for layer {layer}: give all of them"
+                )
+    if cross and len(cross) < len(transcoders):
+        single = sorted(transcoders.keys() - cross.keys())
+        raise ValueError(f"layer {single[0]} has a transcoder of its own beside a cross-layer one: give one kind")
+    return bool(cross)
+
+
 def expected_shapes(config: TranscoderConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a transcoder's tensors, without making one."""
     c = config
-    shapes = {"W_enc": (c.d_in, c.d_features), "b_enc": (c.d_features,), "W_dec": (c.d_features, c.d_out)}
+    W_dec = (c.d_features, c.d_out) if c.n_writes is None else (c.d_features, c.n_writes, c.d_out)
+    shapes = {"W_enc": (c.d_in, c.d_features), "b_enc": (c.d_features,), "W_dec": W_dec}
     shapes |= {"b_dec": (c.d_out,)} | ({"W_skip": (c.d_in, c.d_out)} if c.skip else {})
     return shapes | ({"threshold": (c.d_features,)} if c.activation in ("jumprelu", "batchtopk") else {})
 
@@ -183,14 +259,16 @@ def read_weights(weights: Path) -> tuple[TranscoderConfig, dict[str, Tensor]]:
     """What `Transcoder.save` wrote: views of the file, or float32 where the file holds rounded weights."""
     config = read_config(weights)
     tensors = safe_files.read_safetensors(weights, {name: name for name in safe_files.safetensors_shapes(weights)})
-    for name, along in ROUNDED.items():
+    for name, counts in ROUNDED.items():
         if (scale := tensors.pop(f"{name}.scale", None)) is not None:
-            tensors[name] = tensors[name].float() * scale.float().unsqueeze(along)
+            shape = [-1 if dim == counts else 1 for dim in range(tensors[name].ndim)]
+            tensors[name] = tensors[name].float() * scale.float().view(shape)
     return config, tensors
 
 
-def _rounded(W: Tensor, along: int) -> tuple[Tensor, Tensor]:
-    scale = W.abs().amax(along, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+def _rounded(W: Tensor, counts: int) -> tuple[Tensor, Tensor]:
+    others = [dim for dim in range(W.ndim) if dim != counts]
+    scale = W.abs().amax(others, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (W / scale).round().to(torch.int8), scale.flatten()
 
 

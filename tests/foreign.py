@@ -110,6 +110,30 @@ def circuit_tracer(
     return [_circuit_tracer_layer(folder / f"layer_{i}.safetensors", kind, skip, k, i) for i in range(layers)]
 
 
+def circuit_tracer_cross_layer(folder: Path, kind: str = "relu", layers: int = 3, hook_in: str = "ln2.hook_normalized"):
+    """A cross-layer transcoder; gives what all layers compute together, from inputs to outputs by layer."""
+    folder.mkdir(parents=True)
+    hooks = f"feature_input_hook: {hook_in}\nfeature_output_hook: hook_mlp_out\n"
+    text = f"model_name: gpt2\nmodel_kind: cross_layer_transcoder\n{hooks}scan: gpt2\n"
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    g = torch.Generator().manual_seed(7)
+    W = [weights(i) | {"W_dec": torch.randn(F, layers - i, D, generator=g)} for i in range(layers)]
+    for i, w in enumerate(W):
+        names = ["b_enc", "b_dec", *["threshold"] * (kind == "jumprelu")]
+        tensors = {f"{name}_{i}": w[name] for name in names} | {f"W_enc_{i}": w["W_enc"].T.contiguous()}
+        save_file(tensors, folder / f"W_enc_{i}.safetensors")
+        save_file({f"W_dec_{i}": w["W_dec"]}, folder / f"W_dec_{i}.safetensors")
+
+    def forward(x: dict[int, Tensor]) -> dict[int, Tensor]:
+        pre = [x[i] @ w["W_enc"] + w["b_enc"] for i, w in enumerate(W)]
+        z = [torch.relu(p) * ((p > w["threshold"]) if kind == "jumprelu" else 1) for p, w in zip(pre, W, strict=True)]
+        return {
+            to: W[to]["b_dec"] + sum(z[at] @ W[at]["W_dec"][:, to - at] for at in range(to + 1)) for to in range(layers)
+        }
+
+    return forward
+
+
 def _circuit_tracer_layer(path: Path, kind: str, skip: bool, k: int, seed: int) -> Forward:
     w = weights(seed)
     tensors = {"W_enc": w["W_enc"].T.contiguous(), "W_dec": w["W_dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"]}

@@ -265,11 +265,6 @@ def two_formats(folder):
     foreign.gemma_scope(folder)
 
 
-def cross_layer(folder):
-    for name in ("W_enc_0", "W_dec_0", "W_enc_1", "W_dec_1"):
-        (folder / f"{name}.safetensors").write_bytes(b"")
-
-
 def two_of_one_layer(folder):
     foreign.saelens(folder / "a", layer=1)
     foreign.saelens(folder / "b", layer=1)
@@ -283,7 +278,6 @@ def nothing(folder):
     ("make", "sentence"),
     [
         (two_formats, r"2 formats \(SAELens, Gemma Scope\)|2 formats \(Gemma Scope, SAELens\)"),
-        (cross_layer, "cross-layer transcoders"),
         (two_of_one_layer, "layer 1 is there twice"),
         (nothing, "no transcoders in"),
     ],

@@ -26,6 +26,7 @@ from tclib.nb.teaching import checks, report, students
 from tclib.nb.teaching.verdict import NotYet, judge
 from tclib.tasks import greater_than as gt
 from tests.conftest import COMMITTED, REPO
+from tests.tiny import make_transcoder
 from tools import address, exercise_table
 from tools.execute import merge_streams
 
@@ -210,6 +211,25 @@ ANSWERS: dict[str, tuple[Callable, dict[str, Any]]] = {
             "not to the attention": lambda A, g, S, delta: delta * g[S],
             "new output": lambda A, g, S, delta: exact(A, g, S, delta) + A @ g,
             "sign": lambda A, g, S, delta: -exact(A, g, S, delta),
+        },
+    ),
+    "imitated": (
+        lambda z, W, b, n: b[n] + sum(z[k] @ W[k][:, n - k] for k in range(n + 1)),
+        {
+            "earlier layers write": lambda z, W, b, n: b[n] + z[n] @ W[n][:, 0],
+            "b_dec is missing": lambda z, W, b, n: sum(z[k] @ W[k][:, n - k] for k in range(n + 1)),
+            "begin at layer k": lambda z, W, b, n: b[n] + sum(z[k] @ W[k][:, 0] for k in range(n + 1)),
+            "one output bias": lambda z, W, b, n: sum(z[k] @ W[k][:, n - k] + b[k] for k in range(n + 1)),
+            "own features": lambda z, W, b, n: b[n] + sum(z[k] @ W[k][:, n - k] for k in range(n)),
+        },
+    ),
+    "equal_width": (
+        lambda features, layers: features * (layers + 3) / 4,
+        {
+            "do not write to earlier": lambda features, layers: features * (layers + 1) / 2,
+            "together": lambda features, layers: layers * features * (layers + 3) / 4,
+            "an encoder and a decoder": lambda features, layers: features * (layers + 3) / 2,
+            "same width": lambda features, layers: features,
         },
     ),
     "promoted": (
@@ -494,6 +514,27 @@ def test_removal(laboratory, capsys):
     logits = interventions.run(lm, trace.tokens[None], removed)[0, -1]
     free = (logits - trace.logits[-1])[[lm.tokenizer.convert_tokens_to_ids(word) for word in ("45", "20")]]
     assert "set free" in refused(checks.removal, free[0] - free[1], *context)
+
+
+def test_cross_removal(laboratory, capsys):
+    lm, _, _ = laboratory
+    parts = {layer: make_transcoder(layer, d_model=lm.cfg.d_model, seed=1, n_writes=3 - layer) for layer in range(3)}
+    trace = tc.trace(lm, parts, "The war lasted from the year 1735 to the year 17", check_fit=False)
+    table = tc.attribute(trace, targets.feature(trace, 2, 5)).query("kind == 'feature' and layer == 0")
+    source = table.iloc[0]
+    writes = table[table["feature"] == source["feature"]].set_index("written")["contribution"]
+    context = (trace, source, 2, 5)
+    checks.cross_removal(lambda: -writes.sum(), *context)
+    assert "correct: the model run without layer 0's feature" in capsys.readouterr().out
+    z = trace.features[0][-1, int(source["feature"])]
+    wrong = {
+        "several writes": -writes[0],
+        "sign": writes.sum(),
+        "feature's activation": z,
+        "sum the feature's rows": 0.123,
+    }
+    for word, value in wrong.items():
+        assert word in refused(checks.cross_removal, value, *context)
 
 
 def test_two_tokens(laboratory, capsys):

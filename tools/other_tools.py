@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 import tclib as tc
 from tclib.circuits import graph, neuronpedia, pruning
 from tclib.model import layer_norms
+from tclib.transcoder import imitation
 from tests.tiny import make_model, make_transcoder
 
 CLOSE = 1e-5  # of the largest output
@@ -51,6 +53,14 @@ for place in sorted(root.glob("ours_*")):
         lazy_decoder=False,
     )
     layers.to_safetensors(str(theirs))
+    (theirs / "config.yaml").write_bytes((place / "config.yaml").read_bytes())
+from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
+for place in sorted(root.glob("cross_*")):
+    inputs = torch.stack([x, x + 1])
+    clt = load_clt(str(place), device=torch.device("cpu"), dtype=torch.float32, lazy_decoder=False)
+    np.save(place / "out.npy", clt(inputs).detach().numpy())
+    theirs = root / place.name.replace("cross", "theirs_cross")
+    clt.to_safetensors(str(theirs))
     (theirs / "config.yaml").write_bytes((place / "config.yaml").read_bytes())
 if (root / "graph.json").exists():
     from circuit_tracer.frontend.graph_models import Model
@@ -104,12 +114,32 @@ def exchange(python: str, code: str, format: str, folder: Path, model) -> None:
         trace = tc.trace(model, {0: make_transcoder(0), 1: make_transcoder(1)}, "w1 w2 w3 w4", check_fit=False)
         small = pruning.prune(graph.build_graph(trace), 0.9, 0.98)
         neuronpedia.save_graph_json(trace, small, folder, "graph", "tiny")
+        cross = {kind: cross_layer(kind) for kind in ("relu", "jumprelu")}
+        for kind, parts in cross.items():
+            tc.save_transcoders(parts, folder / f"cross_{kind}", format)
     run(python, code, folder)
     for name, layers in ours.items():
         here = layers[0](x).numpy()
         compare(f"{name}, written by us", here, np.load(folder / f"ours_{name}" / "out.npy"))
         again = tc.load_transcoders(folder / f"theirs_{name}", device="cpu")
         compare(f"{name}, saved again by it", again[0](x).numpy(), here)
+
+    for kind, parts in (cross if format == "circuit-tracer" else {}).items():
+        here = together(parts, x)
+        compare(f"{kind} cross-layer, written by us", here, np.load(folder / f"cross_{kind}" / "out.npy"))
+        again = tc.load_transcoders(folder / f"theirs_cross_{kind}", device="cpu")
+        compare(f"{kind} cross-layer, saved again by it", together(again, x), here)
+
+
+def cross_layer(activation: str) -> dict[int, tc.Transcoder]:
+    """A random cross-layer transcoder of two layers."""
+    return {layer: make_transcoder(layer, activation=activation, n_writes=2 - layer) for layer in (0, 1)}
+
+
+def together(parts: Mapping[int, tc.Transcoder], x: torch.Tensor) -> np.ndarray:
+    """What it gives for x in layer 0 and x + 1 in layer 1."""
+    z = {layer: part.encode(x + layer) for layer, part in parts.items()}
+    return torch.stack([imitation(parts, layer, z, x + layer) for layer in parts]).detach().numpy()
 
 
 def from_sparsify(python: str, folder: Path, model, plain) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from tclib.checkpoints import readers
 from tclib.checkpoints.lazy import Stored
+from tclib.checkpoints.readers import decoder
 
 PAPERS = "the paper's"
 SPARSITY = "_log_feature_sparsity.pt"
@@ -28,6 +29,13 @@ class Format:
 FORMATS = (
     Format(
         "circuit-tracer", r"layer_\d+\.safetensors", lambda stem: ["config.yaml"], "config.yaml", readers.circuit_tracer
+    ),
+    Format(
+        "circuit-tracer's cross-layer",
+        r"W_enc_\d+\.safetensors",
+        lambda stem: ["config.yaml", f"{decoder(stem)}.safetensors"],
+        None,
+        readers.circuit_tracer_cross_layer,
     ),
     Format("tclib", r"layer_\d+\.safetensors", lambda stem: [f"{stem}.json"], None, readers.native),
     Format(PAPERS, r".+\.pt", lambda stem: [stem + SPARSITY], None, readers.original),
@@ -53,7 +61,7 @@ def detect(
         is_papers: whether a .pt is the paper's, and no optimizer or trainer; None: it cannot be told.
 
     Raises:
-        ValueError: no format, or several, or cross-layer transcoders.
+        ValueError: no format, or several.
     """
     names = set(names)
     found: dict[str, list[str]] = {}
@@ -80,10 +88,6 @@ def detect(
         if kind.name in found:
             _one_per_layer(found[kind.name])
             return kind, found[kind.name]
-    if any(re.fullmatch(r"W_enc_\d+\.safetensors", PurePosixPath(name).name) for name in names):
-        raise ValueError(
-            f"{where} holds cross-layer transcoders: features that write to several layers are not supported"
-        )
     raise ValueError(
         f"there are no transcoders in {where}: expected layer_0.safetensors, ..., or the files of the paper's "
         "checkpoints (.pt), SAELens (sae_weights.safetensors), sparsify (sae.safetensors) or Gemma Scope (params.npz)"

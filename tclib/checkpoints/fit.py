@@ -15,10 +15,11 @@ from tclib.activations import mlp_activations
 from tclib.inputs import check_tokens, words
 from tclib.model import layer_norms
 from tclib.tracing import check_belongs
-from tclib.transcoder import Transcoder
+from tclib.transcoder import Transcoder, imitation, is_cross_layer
 
 BAD = 0.8  # the published transcoders leave far less unexplained; a wrong layer or transpose leaves about 1 or more
 TOKENS = 400
+OTHER = "it belongs to another model, or its matrices are mixed up; its numbers say nothing about this model"
 
 
 @torch.no_grad()
@@ -54,11 +55,17 @@ def check_fit(
             kept[layer][0].append(seen.x[rows])
             kept[layer][1].append(seen.y[rows])
     x, y = ({layer: torch.cat(pair[i]) for layer, pair in kept.items()} for i in (0, 1))
-    fvu = {layer: unexplained(y[layer], _apply(t, x[layer])) for layer, t in transcoders.items()}
+    cross = is_cross_layer(transcoders)
+    inputs = {layer: x[layer].to(t.W_enc) for layer, t in transcoders.items()}
+    z = {layer: t.encode(inputs[layer]) for layer, t in transcoders.items()}
+    fvu = {
+        layer: unexplained(y[layer], imitation(transcoders, layer, z, inputs[layer]).to(y[layer]))
+        for layer in transcoders
+    }
     for layer, value in fvu.items():
         if not value < BAD:
             few = [{other: t[:100] for other, t in part.items()} for part in (x, y)]  # enough to tell causes apart
-            cause = _cause(model, layer, transcoders[layer], *few)
+            cause = OTHER if cross else _cause(model, layer, transcoders[layer], *few)
             warnings.warn(
                 f"the transcoder of layer {layer} leaves {value:.2f} of this model's MLP output unexplained: {cause}",
                 stacklevel=2,
@@ -100,4 +107,4 @@ def _cause(model: TransformerBridge, layer: int, t: Transcoder, x: dict[int, Ten
     best = min(values, key=values.get)
     if values[best] < BAD:
         return f"{best} ({values[best]:.2f})"
-    return "it belongs to another model, or its matrices are mixed up; its numbers say nothing about this model"
+    return OTHER

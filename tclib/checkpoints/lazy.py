@@ -31,10 +31,13 @@ class Stored:
     numbers: int  # how many weights
     open: Callable[[], tuple[TranscoderConfig, dict[str, Tensor]]]
     after_norm: bool = False
+    n_writes: int = 1  # MLPs that its features write to
+    beside: Path | None = None  # a second file with weights
 
     def copied_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
         """Memory that `transcoder` will take beyond the file's own pages, the biases aside."""
-        stored, wanted = self.path.stat().st_size, self.numbers * dtype.itemsize
+        stored = sum(path.stat().st_size for path in (self.path, self.beside) if path is not None)
+        wanted = self.numbers * dtype.itemsize
         folded = self.after_norm or self.path.suffix == ".npz"
         as_stored = device.type == "cpu" and abs(stored - wanted) < 0.02 * stored
         return wanted if folded or not as_stored else 0
@@ -105,7 +108,7 @@ class Layers(Mapping[int, Transcoder]):
 
 
 def one_per_layer(found: list[Stored]) -> dict[int, Stored]:
-    """By layer; refuses two of one layer."""
+    """By layer; refuses two of one layer, and a cross-layer transcoder of which layers are missing."""
     layers: dict[int, Stored] = {}
     for stored in found:
         if stored.layer in layers:
@@ -114,4 +117,11 @@ def one_per_layer(found: list[Stored]) -> dict[int, Stored]:
                 "give the folder or the file of one"
             )
         layers[stored.layer] = stored
+    written = {later: at for at, stored in layers.items() for later in range(at, at + stored.n_writes)}
+    if missing := {later: at for later, at in written.items() if later not in layers}:
+        layer, at = min(missing.items())
+        raise BadFile(
+            f"the features of layer {at} in {layers[at].path.parent} write to layer {layer}, whose files are missing: "
+            "a cross-layer transcoder is read with all its layers"
+        )
     return layers

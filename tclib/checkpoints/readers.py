@@ -13,9 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
-from tclib.io import safe_files
 from tclib.activations import hook_in, hook_out, mlp_out
 from tclib.checkpoints.lazy import Stored, numbers
+from tclib.io import safe_files
 from tclib.io.safe_files import BadFile
 from tclib.transcoder import TranscoderConfig, expected_shapes, read_config, read_weights
 
@@ -28,7 +28,8 @@ class _Foreign(BaseModel):
 
 def native(path: Path) -> Stored:
     """What `Transcoder.save` writes: ``layer_3.safetensors`` and ``layer_3.json``."""
-    return Stored(_number(path.stem), path, numbers(read_config(path)), lambda: read_weights(path))
+    config = read_config(path)
+    return Stored(_number(path.stem), path, numbers(config), lambda: read_weights(path), n_writes=config.n_writes or 1)
 
 
 class _OriginalConfig(_Foreign):
@@ -188,6 +189,49 @@ def circuit_tracer(path: Path) -> Stored:
     return Stored(layer, path, numbers(config), lambda: (config, _turned(path, names, "W_enc", "W_skip")), after_norm)
 
 
+def decoder(stem: str) -> str:
+    """The name of the file with the decoder rows beside ``W_enc_3``."""
+    return stem.replace("W_enc", "W_dec")
+
+
+def circuit_tracer_cross_layer(path: Path) -> Stored:
+    """One layer of circuit-tracer's cross-layer transcoders: ``W_enc_3`` with the biases, and ``W_dec_3``.
+
+    Its code computes ``y_l = sum_k z_k W_dec[k -> l] + b_dec_l``; its folders hold no skip paths.
+    """
+    where, rows = path.with_name("config.yaml"), path.with_name(f"{decoder(path.stem)}.safetensors")
+    cfg = safe_files.parsed(where, _CircuitTracerConfig, safe_files.read_yaml(where))
+    if cfg.model_kind != "cross_layer_transcoder":
+        raise BadFile(f"{where} says {cfg.model_kind}, but {path.name} is of a cross_layer_transcoder")
+    layer = _number(path.stem)
+    shapes = safe_files.safetensors_shapes(path)
+    written = safe_files.safetensors_shapes(rows).get(f"W_dec_{layer}", ())
+    if len(shapes.get(f"W_enc_{layer}", ())) != 2 or len(written) != 3:
+        raise BadFile(f"{path} and {rows.name} have no matrix W_enc_{layer} and no rows W_dec_{layer} for each layer")
+    jump = f"threshold_{layer}" in shapes
+    d_features, d_model = shapes[f"W_enc_{layer}"]
+    reads, after_norm = _reads(layer, f"blocks.{layer}.{cfg.feature_input_hook}")
+    config = safe_files.parsed(where, TranscoderConfig, {
+        "d_in": d_model, "d_out": d_model, "d_features": d_features, "activation": "jumprelu" if jump else "relu",
+        "n_writes": written[1], "model_name": cfg.model_name, "hook_in": reads,
+        "hook_out": f"blocks.{layer}.{cfg.feature_output_hook}",
+    })  # fmt: skip
+    names = {name: f"{name}_{layer}" for name in expected_shapes(config)}
+    expected = {names[name]: shape for name, shape in expected_shapes(config).items()}
+    expected[f"W_enc_{layer}"] = d_features, d_model
+    safe_files.check_shapes(path, shapes | {f"W_dec_{layer}": written}, expected)
+    if jump and safe_files.read_safetensors(path, {"t": names["threshold"]})["t"].min() < 0:
+        raise BadFile(
+            f"{path} has negative thresholds: circuit-tracer lets negative activations pass there, this does not"
+        )
+
+    def open_() -> tuple[TranscoderConfig, dict[str, Tensor]]:
+        own = {name: stored for name, stored in names.items() if name != "W_dec"}
+        return config, _turned(path, own, "W_enc") | safe_files.read_safetensors(rows, {"W_dec": names["W_dec"]})
+
+    return Stored(layer, path, numbers(config), open_, after_norm, config.n_writes, rows)
+
+
 _LENGTHS = ("in_norm", "out_norm")  # mean lengths of inputs and outputs, where sparsify normalises them
 
 
@@ -225,7 +269,9 @@ def sparsify(path: Path) -> Stored:
     names = {name: name for name in expected_shapes(config)} | {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
     expected = {names[name]: shape for name, shape in expected_shapes(config).items()}
     expected |= {name: (1,) for name in _LENGTHS if cfg.normalize_io}
-    safe_files.check_shapes(path, safe_files.safetensors_shapes(path), expected | {"encoder.weight": (d_features, cfg.d_in)})
+    safe_files.check_shapes(
+        path, safe_files.safetensors_shapes(path), expected | {"encoder.weight": (d_features, cfg.d_in)}
+    )
 
     def open_() -> tuple[TranscoderConfig, dict[str, Tensor]]:
         tensors = _turned(path, names, "W_enc", "W_skip")
@@ -287,7 +333,7 @@ def _reads(layer: int, hook: str) -> tuple[str, bool]:
 
 
 def _number(stem: str) -> int:
-    return int(stem.removeprefix("layer_"))
+    return int(re.sub(r"\D", "", stem))
 
 
 def _layer_of(hook: str, where: Path) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tclib import __version__
 from tclib.checkpoints.readers import SAELENS_KINDS
 from tclib.io.paths import write_whole
-from tclib.transcoder import Transcoder
+from tclib.transcoder import Transcoder, is_cross_layer
 
 SAELENS_VERSION = "6.54.12"  # whose format is written; SAELens reads older ones differently
 CONTEXT_SIZE = 128  # of the paper's training; SAELens wants one in the metadata
@@ -30,12 +30,13 @@ def save_transcoders(
     """Write a set of transcoders that `load_transcoders` and the other tool read back, exactly in float32.
 
     ``tclib``: ``layer_3.safetensors`` + ``layer_3.json``. ``saelens``: one folder per layer, ``layer_3``.
-    ``circuit-tracer``: one set, ``config.yaml`` + ``layer_3.safetensors``.
+    ``circuit-tracer``: one set, ``config.yaml`` + ``layer_3.safetensors``, or of a cross-layer transcoder
+    ``W_enc_3.safetensors`` and ``W_dec_3.safetensors``.
 
     Raises:
         ValueError: no transcoders, an unknown format, a folder that holds something, or what the format cannot express:
-            TopK in SAELens; TopK (its loader would make ReLU of it), missing layers, different sizes or kinds, or other
-            hooks in circuit-tracer.
+            TopK or cross-layer ones in SAELens; TopK (its loader would make ReLU of it), missing layers, different
+            sizes or kinds, other hooks, or cross-layer ones with a skip path in circuit-tracer.
     """
     writers = {"tclib": _tclib, "saelens": _saelens, "circuit-tracer": _circuit_tracer}
     if format not in writers:
@@ -57,6 +58,8 @@ def _tclib(transcoders: Mapping[int, Transcoder], folder: Path, dtype: torch.dty
 
 
 def _saelens(transcoders: Mapping[int, Transcoder], folder: Path, dtype: torch.dtype) -> None:
+    if is_cross_layer(transcoders):
+        raise ValueError("SAELens has no cross-layer transcoders, so they cannot be written for it")
     kinds = {(k["activation"], k.get("skip", False)): name for name, k in SAELENS_KINDS.items()}
     for layer, transcoder in transcoders.items():
         if transcoder.config.activation == "topk":
@@ -96,18 +99,27 @@ def _circuit_tracer(transcoders: Mapping[int, Transcoder], folder: Path, dtype: 
         raise ValueError(
             "these are TopK transcoders: circuit-tracer would read them as ReLU, so they are not written for it"
         )
+    cross = is_cross_layer(transcoders)
+    if cross and (configs[0].skip or any(c.n_writes != len(configs) - at for at, c in enumerate(configs))):
+        raise ValueError("circuit-tracer's cross-layer transcoders write to every later layer and have no skip path")
     ((feature_in, feature_out),) = hooks
     if configs[0].d_in != configs[0].d_out:
         raise ValueError("circuit-tracer knows only transcoders that write as wide as they read")
     cfg = {
-        "model_name": configs[0].model_name, "model_kind": "transcoder_set", "feature_input_hook": feature_in,
+        "model_name": configs[0].model_name, "model_kind": "cross_layer_transcoder" if cross else "transcoder_set",
+        "feature_input_hook": feature_in,
         "feature_output_hook": feature_out, "scan": configs[0].model_name,
     }  # fmt: skip
     write_whole(folder / "config.yaml", yaml.safe_dump(cfg, sort_keys=False).encode())
     for layer, transcoder in transcoders.items():
         tensors = _tensors(transcoder, dtype, "W_enc", "W_skip")
         if "threshold" in tensors:  # below 0, a threshold cuts nothing here, and would let negative numbers pass there
-            tensors["activation_function.threshold"] = tensors.pop("threshold").clamp(min=0)
+            name = "threshold" if cross else "activation_function.threshold"
+            tensors[name] = tensors.pop("threshold").clamp(min=0)
+        if cross:
+            _write(folder / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": tensors.pop("W_dec")})
+            _write(folder / f"W_enc_{layer}.safetensors", {f"{name}_{layer}": t for name, t in tensors.items()})
+            continue
         _write(folder / f"layer_{layer}.safetensors", tensors)
 
 

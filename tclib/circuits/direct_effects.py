@@ -137,10 +137,11 @@ class Sources:
 
     def _read(self, block: Tensor, gradient: Tensor, layer: int) -> None:
         seen, count, _ = gradient.shape
-        starts = self.starts[layer]
-        for source in range(seen):
-            low, high = starts[source], starts[source + 1]
-            block[:count, low:high] = gradient[source] @ self.written[layer][low - starts[0] : high - starts[0]].T
+        for at, written in self.written[layer].items():
+            starts = self.starts[at]
+            for source in range(seen):
+                low, high = starts[source], starts[source + 1]
+                block[:count, low:high] += gradient[source] @ written[low - starts[0] : high - starts[0]].T
         start = len(self.features) + layer * self.pos
         block[:count, start : start + seen] = _dot(gradient, self.errors[layer][:seen])
 
@@ -194,12 +195,14 @@ class Sources:
 
     def _collect(self, layer: int) -> None:
         every = torch.arange(self.pos, device=self.trace.like.device)
-        before = int((self.features["layer"] < layer).sum())
-        self.written[layer], self.starts[layer] = self.trace.like[:0], [before] * (self.pos + 1)
+        self.written[layer] = {}  # by the layer that features read at
+        if layer in self.trace.features:
+            before = int((self.features["layer"] < layer).sum())
+            counts = (self.trace.features[layer] != 0).sum(-1)
+            self.starts[layer] = [before, *(before + counts.cumsum(0)).tolist()]
         for source in of_mlp(self.trace, layer):
             if isinstance(source, Features):
-                self.written[layer] = source.written[2]
-                self.starts[layer] = [before, *(before + (source.z != 0).sum(-1).cumsum(0)).tolist()]
+                self.written[layer][source.layer] = source.written[2]
             elif source.kind in ("error", "mlp"):
                 self.errors[layer] = source.vectors(every)
 

@@ -158,10 +158,12 @@ def edited_trace(trace: Trace, nodes: Sequence[tuple[int, int, int]], values: Se
     Args:
         nodes, values, frozen: as in `ablation`.
     """
-    change = {layer: torch.zeros_like(trace.cache[hook_out(layer)]) for layer, _, _ in nodes}
+    change: dict[int, torch.Tensor] = {}
     for (layer, position, feature), value in zip(nodes, values, strict=True):
         moved = value - trace.features[layer][position, feature]
-        change[layer][position] += moved * trace.transcoders[layer].W_dec[feature]
+        for later in range(trace.transcoders[layer].reach):
+            added = change.setdefault(layer + later, torch.zeros_like(trace.cache[hook_out(layer)]))
+            added[position] += moved * trace.transcoders[layer].rows(later)[feature]
     hooks = interventions.freeze(trace.cache, FROZEN[frozen])
     writes = {layer: trace.transcoders[layer].config.hook_out for layer in change}
     hooks += [(writes[layer], lambda y, hook, added=added: y + added) for layer, added in change.items()]

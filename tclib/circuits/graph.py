@@ -77,12 +77,13 @@ def plan(trace: Trace, max_features: int | None = None, targets: int = 10) -> Pl
     cfg, pos = trace.model.cfg, len(trace.tokens)
     by_layer = {layer: (z != 0).sum(-1) for layer, z in trace.features.items()}
     features = sum(int(count.sum()) for count in by_layer.values())
+    rows_written = sum(int(count.sum()) * trace.transcoders[layer].reach for layer, count in by_layer.items())
     rows = min(features, max_features or features)
     others = pos * (cfg.n_layers + 1 + ("hook_pos_embed" in trace.cache)) + 1
     nodes = rows + others + (rows < features) + targets
     width, size = features + others, trace.like.element_size()
     matrices = nodes**2 + (2 * (rows + targets) * width if rows < features else 0)
-    vectors = 2 * features * cfg.d_model + 4 * cfg.n_layers * cfg.d_model * cfg.n_heads * cfg.d_head
+    vectors = (features + rows_written) * cfg.d_model + 4 * cfg.n_layers * cfg.d_model * cfg.n_heads * cfg.d_head
     chunk = 6 * min(CHUNK, rows + targets) * pos * cfg.d_model
     # Attention's first step happens at one position, further ones at every position that can be seen, the last by half.
     further = torch.arange(1, pos + 1)

@@ -96,6 +96,7 @@ class PromptGraph:
     trace: Trace
     writes: Float[Tensor, "write d_model"]  # by position, then stage
     stages: Int[Tensor, " write"]
+    layers: Int[Tensor, " write"]  # which a source belongs to, and a feature reads at; -1 for embeddings
     kinds: Int[Tensor, " write"]
     indices: Int[Tensor, " write"]  # feature, or head of a value bias
     activations: Float[Tensor, " write"]  # of features; 1 for others
@@ -129,9 +130,9 @@ class PromptGraph:
             _, pos, heads = self.heads
             layer, rest = divmod(source - self.first_head, pos * heads)
             return Node("head", layer, rest % heads, rest // heads)
-        kind, stage, index = KINDS[self.kinds[source]], int(self.stages[source]), int(self.indices[source])
+        kind, at, index = KINDS[self.kinds[source]], int(self.layers[source]), int(self.indices[source])
         position = int((self.starts <= source).sum()) - 1
-        layer = (stage - 1) // 2 if stage else None
+        layer = at if at >= 0 else None
         head, feature = (index if kind == k else None for k in ("value_bias", "feature"))
         return Node(kind, layer, head, position, feature)
 
@@ -177,9 +178,9 @@ class PromptGraph:
         readers, norm_bias = torch.empty_like(parents.readers), torch.zeros_like(parents.norm_bias)
         own_bias, reads, positions = torch.zeros_like(norm_bias), torch.empty_like(sources), torch.empty_like(sources)
         written = sources < self.first_head
-        for layer in ((self.stages[sources[written]] - 1) // 2).unique().tolist():
+        for layer in self.layers[sources[written]].unique().tolist():
             rows = written.nonzero().squeeze(-1)
-            rows = rows[self.stages[sources[rows]] == 2 * layer + 2]
+            rows = rows[self.layers[sources[rows]] == layer]
             s, transcoder = sources[rows], trace.transcoders[layer]
             index, here = self.indices[s], torch.searchsorted(self.starts, s, right=True) - 1
             weight = values[rows] / self.activations[s]
@@ -223,9 +224,10 @@ def prompt_graph(trace: Trace) -> PromptGraph:
             items = every[which] if source.kind == "value_bias" else torch.full_like(which, -1)
             rows = amounts[positions, which][:, None] * source.vectors(every)[which]
             activations = torch.ones_like(rows[:, 0])
-        same = torch.full_like(positions, source.stage), torch.full_like(positions, KINDS.index(source.kind))
+        layer = -1 if source.layer is None else source.layer
+        same = tuple(torch.full_like(positions, x) for x in (source.stage, layer, KINDS.index(source.kind)))
         parts.append((rows, *same, items, positions, activations))
-    stages, kinds, indices, positions, activations = (
+    stages, layers, kinds, indices, positions, activations = (
         torch.cat(column) for column in zip(*(part[1:] for part in parts), strict=True)
     )
     order = (positions * (trace.stage("final", 0) + 1) + stages).argsort(stable=True)
@@ -235,5 +237,5 @@ def prompt_graph(trace: Trace) -> PromptGraph:
         writes[where] = rows
     counts = torch.bincount(positions, minlength=len(trace.tokens))
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    columns = (stages[order], kinds[order], indices[order], activations[order])
+    columns = (column[order] for column in (stages, layers, kinds, indices, activations))
     return PromptGraph(trace, writes, *columns, starts, torch.stack(moved), torch.stack(patterns))

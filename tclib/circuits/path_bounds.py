@@ -123,7 +123,7 @@ def _fill_gains(bounds: Bounds, layer: int, position: int, ends_anywhere: bool) 
     """Gains of the features of one MLP at one position, from those of everything before it."""
     graph, trace = bounds.graph, bounds.graph.trace
     start, end = graph.starts[position : position + 2].tolist()
-    here = (graph.stages[start:end] == 2 * layer + 2) & (graph.kinds[start:end] == FEATURE)
+    here = (graph.layers[start:end] == layer) & (graph.kinds[start:end] == FEATURE)
     own = start + here.nonzero().squeeze(-1)
     if not len(own):
         return

@@ -45,6 +45,32 @@ def completeness_score(graph: Graph) -> float:
     return ((explained * reached).sum() / reached.sum()).item()
 
 
+def path_length(graph: Graph) -> float:
+    """Mean number of edges on the way from the targets to the input, each way weighted by the influence it carries."""
+    share, current, inputs = _shares(graph), _weights(graph), _is(graph, INPUTS)
+    arrived, edges, length = 0.0, 0.0, 0
+    while current.any():
+        current, length = current @ share, length + 1
+        here = current[inputs].sum().item()
+        arrived, edges = arrived + here, edges + length * here
+    return edges / arrived if arrived else float("nan")
+
+
+def by_layer(graph: Graph) -> pd.DataFrame:
+    """Where incoming effects come from: shares of their absolute sums, biases aside.
+
+    Returns:
+        One row per kind of reader (``features 0``, ..., ``target``), one column per kind of source.
+    """
+    kinds = graph.nodes["kind"].replace(dict.fromkeys(INPUTS, "tokens") | dict.fromkeys(UNEXPLAINED, "errors"))
+    layers = graph.nodes["layer"].astype(str)
+    group = kinds.mask(kinds == "feature", "features " + layers).to_numpy()
+    sizes = pd.DataFrame(graph.adjacency.abs().numpy()).groupby(group).sum().T.groupby(group).sum().T
+    features = sorted(name for name in sizes if name.startswith("features"))
+    sizes = sizes.loc[[*features, "target"], ["tokens", *features, "errors"]]
+    return sizes.div(sizes.sum(1), axis=0)
+
+
 def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98) -> Graph:
     """The smallest part of a graph that keeps these fractions of all influence; what is left out becomes a remainder.
 

@@ -3,11 +3,15 @@
 Prediction is linear, from weights: (new - old activation) times what reaches the target. Measurement runs the model
 with (new - old) * f_dec added to the MLP's output, so that the transcoder's error stays. With patterns, scales and
 MLP outputs frozen the two are the same number; what is left free is what attribution froze.
+
+A feature of a cross-layer transcoder is changed in all its writes. Later MLPs that are free answer the change as well,
+which counts some of it twice, since those writes stand for their answer; holding them ("constrained patching", Ameisen
+et al. 2025) leaves the writes alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -18,7 +22,7 @@ from torch import Tensor
 from tclib import interventions
 from tclib.activations import hook_out
 from tclib.circuits.direct_effects import Readers, Sources
-from tclib.sources import of_mlp
+from tclib.sources import Features, of_mlp
 from tclib.targets import Target
 from tclib.tracing import Trace
 
@@ -26,7 +30,11 @@ ROWS = 64  # edits in one pass of the model
 
 
 def compare(
-    trace: Trace, edits: pd.DataFrame, targets: Sequence[Target], frozen: Sequence[interventions.Frozen] = ()
+    trace: Trace,
+    edits: pd.DataFrame,
+    targets: Sequence[Target],
+    frozen: Sequence[interventions.Frozen] = (),
+    layers: Collection[int] | None = None,
 ) -> pd.DataFrame:
     """Predicted and measured change of every target by every edit, one edit at a time.
 
@@ -34,6 +42,7 @@ def compare(
         edits: ``layer``, ``position``, ``feature`` and, unless features are to be removed, ``new``: what to set.
         frozen: what must not answer the edit, see `tclib.interventions.freeze`. With patterns, scales and MLPs frozen,
             predicted equals measured: along all attention paths, or on the direct path alone if values are frozen too.
+        layers: where; by default everywhere.
 
     Returns:
         One row per edit and target it can reach: ``layer``, ``position``, ``feature``, ``target``, ``predicted``,
@@ -48,7 +57,7 @@ def compare(
         raise ValueError(
             "the prediction runs through skip paths, which frozen MLPs cut: freeze values too, or free the MLPs"
         )
-    measured = measure(trace, edits, targets, frozen)
+    measured = measure(trace, edits, targets, frozen, layers)
     predicted = predict(trace, edits, targets, direct="values" in frozen)
     rows = [
         {"layer": e.layer, "position": e.position, "feature": e.feature, "target": t.name}
@@ -74,10 +83,13 @@ def predict(
         )
     change = _new(edits, old) - old
     if direct:
-        readers = torch.stack([t.pulled_back(trace) for t in targets])
-        written = torch.stack([_written(trace, e.layer, e.position, e.feature) for e in edits.itertuples()])
-        reached = [[e.layer < t.layer and e.position == t.position for t in targets] for e in edits.itertuples()]
-        return change[:, None] * (written @ readers.T) * torch.tensor(reached, device=change.device)
+        readers, out = [t.pulled_back(trace) for t in targets], change.new_zeros(len(edits), len(targets))
+        for row, e in enumerate(edits.itertuples()):
+            for column, t in enumerate(targets):
+                if e.position == t.position:
+                    change_here = change[row] * _written(trace, e, trace.stage(t.place, t.layer))
+                    out[row, column] = change_here @ readers[column]
+        return out
     sources = Sources(trace)
     effects = sources.effects(Readers.of_targets(trace, targets))  # [target, source]
     keys = ["layer", "position", "feature"]
@@ -88,15 +100,23 @@ def predict(
     return effects[:, index].T * (change / old)[:, None]
 
 
-def _written(trace: Trace, layer: int, position: int, feature: int) -> Float[Tensor, " d_model"]:
-    """What a feature of activation 1 writes to the stream at a position."""
-    features = next(of_mlp(trace, layer))
-    return features.vectors(torch.tensor([feature], device=features.z.device))[0] * features.over[position]
+def _written(trace: Trace, edit, last: int) -> Float[Tensor, " d_model"]:
+    """What a feature of activation 1 has written to the stream at its position up to a stage."""
+    vector, index = torch.zeros_like(trace.like[0]), torch.tensor([edit.feature], device=trace.like.device)
+    for layer in range(edit.layer, edit.layer + trace.transcoders[edit.layer].reach):
+        for source in of_mlp(trace, layer):
+            if isinstance(source, Features) and source.layer == edit.layer and source.stage <= last:
+                vector = vector + source.vectors(index)[0] * source.over[edit.position]
+    return vector
 
 
 @torch.no_grad()
 def measure(
-    trace: Trace, edits: pd.DataFrame, targets: Sequence[Target], frozen: Sequence[interventions.Frozen] = ()
+    trace: Trace,
+    edits: pd.DataFrame,
+    targets: Sequence[Target],
+    frozen: Sequence[interventions.Frozen] = (),
+    layers: Collection[int] | None = None,
 ) -> Float[Tensor, "edit target"]:
     """How much each target changes in the model; the model is as it was afterwards, also after an error."""
     edits = _checked(trace, edits)
@@ -107,7 +127,7 @@ def measure(
     out = change.new_zeros(len(edits), len(targets))
     for start in range(0, len(edits), ROWS):
         part = edits.iloc[start : start + ROWS]
-        hooks = interventions.freeze(trace.cache, frozen) + _edit(trace, part, change[start : start + ROWS])
+        hooks = interventions.freeze(trace.cache, frozen, layers) + _edit(trace, part, change[start : start + ROWS])
         with interventions.edited(trace.model, hooks):
             _, cache = trace.model.run_with_cache(trace.tokens.expand(len(part), -1), names_filter=needed.__contains__)
         for row in range(len(part)):
@@ -122,11 +142,13 @@ def _edit(trace: Trace, edits: pd.DataFrame, change: Tensor) -> list[interventio
     for layer in edits["layer"].unique().tolist():
         rows = torch.tensor((edits["layer"] == layer).to_numpy().nonzero()[0], device=change.device)
         here = edits[edits["layer"] == layer]
-        added = change.new_zeros(len(edits), *trace.cache[hook_out(layer)].shape)
         index = torch.tensor(here["feature"].tolist(), device=change.device)
         positions = torch.tensor(here["position"].tolist(), device=change.device)
-        added[rows, positions] = change[rows, None] * trace.transcoders[layer].W_dec[index]
-        hooks.append((trace.transcoders[layer].config.hook_out, lambda y, hook, added=added: y + added))
+        for later in range(trace.transcoders[layer].reach):
+            added = change.new_zeros(len(edits), *trace.cache[hook_out(layer)].shape)
+            added[rows, positions] = change[rows, None] * trace.transcoders[layer].rows(later)[index]
+            writes = trace.transcoders[layer + later].config.hook_out
+            hooks.append((writes, lambda y, hook, added=added: y + added))
     return hooks
 
 

@@ -38,7 +38,7 @@ def geometry(transcoders: Mapping[int, Transcoder], firing: Mapping[int, Tensor]
     records = []
     for layer, transcoder in transcoders.items():
         live = firing[layer] > 0
-        rows = transcoder.W_dec[live]
+        rows = transcoder.W_dec[live].flatten(1)
         cosine = _neighbours(rows)
         spectrum = torch.linalg.svdvals(rows - rows.mean(0)).pow(2)
         record = {
@@ -54,7 +54,7 @@ def geometry(transcoders: Mapping[int, Transcoder], firing: Mapping[int, Tensor]
         }
         if transcoder.config.d_in == transcoder.config.d_out:
             columns = transcoder.W_enc[:, live].T
-            record["encoder"] = torch.cosine_similarity(columns, rows, dim=1).median().item()
+            record["encoder"] = torch.cosine_similarity(columns, transcoder.rows()[live], dim=1).median().item()
         records.append(record)
     return pd.DataFrame(records)
 
@@ -68,13 +68,15 @@ def match(a: Transcoder, b: Transcoder, live_a: Tensor | None = None, live_b: Te
     Raises:
         ValueError: the two write to spaces of different width, or nothing is live.
     """
-    if a.config.d_out != b.config.d_out:
-        raise ValueError(f"features that write {a.config.d_out} and {b.config.d_out} numbers cannot be matched")
+    width_a, width_b = (t.config.d_out * t.reach for t in (a, b))
+    if width_a != width_b:
+        raise ValueError(f"features that write {width_a} and {width_b} numbers cannot be matched")
     ids_a, ids_b = _ids(a, live_a), _ids(b, live_b)
     if not len(ids_a) or not len(ids_b):
         raise ValueError("no feature is live, so there is nothing to match")
-    cosine, index = nearest(a.W_dec[ids_a], b.W_dec[ids_b])
-    _, back = nearest(b.W_dec[ids_b], a.W_dec[ids_a])
+    rows_a, rows_b = a.W_dec[ids_a].flatten(1), b.W_dec[ids_b].flatten(1)
+    cosine, index = nearest(rows_a, rows_b)
+    _, back = nearest(rows_b, rows_a)
     mutual = back[index] == torch.arange(len(ids_a), device=back.device)
     columns = {"feature": ids_a, "match": ids_b[index], "cosine": cosine, "mutual": mutual}
     return pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})

@@ -32,9 +32,9 @@ from tclib.activations import forward, hook_in, our_name
 from tclib.evaluation.faithfulness import accumulate, check_text, numbered
 from tclib.evaluation.stats import Sums, bootstrap_weights
 from tclib.inputs import check_layers, words
-from tclib.interventions import Hook, ablate_mlp, reencode_input, replace_mlp
+from tclib.interventions import Hook, ablate_mlp, reencode_input, replace_mlp, replace_mlps
 from tclib.tracing import check_belongs, check_dtype
-from tclib.transcoder import Transcoder
+from tclib.transcoder import Transcoder, imitation, is_cross_layer
 
 Groups = Mapping[int | str, Sequence[int]]
 MEAN_ROWS = 64  # mean ablation writes the MLP's mean output over this many rows of the text, BOS included
@@ -89,9 +89,11 @@ def measure(
         weights = bootstrap_weights(len(rows), replicates, draw)
         logits, cache = model.run_with_cache(rows, names_filter=lambda n: n in names, stop_at_layer=stop)
         keep = torch.ones_like(rows, dtype=torch.bool) if bos else words(model, rows)
+        z = {layer: t.encode(cache[t.config.hook_in]) for layer, t in transcoders.items()}
         for layer, fit in fits.items():
             config = transcoders[layer].config
-            fit.add(weights, keep, cache[config.hook_in], cache[config.hook_out])
+            imitated = imitation(transcoders, layer, z, cache[config.hook_in])
+            fit.add(weights, keep, z[layer], cache[config.hook_out], imitated)
         if groups:
             accumulate(model, rows, logits, swaps, weights, faith)
     return Measured(
@@ -159,6 +161,7 @@ def check(
     """The text as int64; raises one sentence for anything that would make the numbers meaningless."""
     tokens = check_text(model, tokens)
     check_layers(model, list(transcoders))
+    is_cross_layer(transcoders)  # refuses one of which layers are missing
     device = torch.device(model.cfg.device).type
     for layer, transcoder in transcoders.items():
         check_belongs(model, layer, transcoder, saes=True)
@@ -183,21 +186,19 @@ class _Fit:
     """How close one transcoder is to its target."""
 
     def __init__(self, transcoder: Transcoder):
-        self.transcoder, self.sums = transcoder, Sums()
+        self.sums = Sums()
         self.fired = torch.zeros(transcoder.config.d_features, dtype=torch.float64)
 
-    def add(self, weights: Tensor, keep: Bool[Tensor, "row pos"], x: Tensor, y: Tensor) -> None:
-        z = self.transcoder.encode(x)
-        imitation = self.transcoder.decode(z, x)
+    def add(self, weights: Tensor, keep: Bool[Tensor, "row pos"], z: Tensor, y: Tensor, imitated: Tensor) -> None:
         self.fired += (z[keep] > 0).sum(0).cpu()
         self.sums.add(
             weights,
             keep,
             y=y,
             square=y.pow(2).sum(-1),
-            error=(y - imitation).pow(2).sum(-1),
+            error=(y - imitated).pow(2).sum(-1),
             active=(z > 0).sum(-1).float(),
-            cosine=torch.cosine_similarity(y, imitation, dim=-1),
+            cosine=torch.cosine_similarity(y, imitated, dim=-1),
         )
 
     def table(self) -> pd.DataFrame:
@@ -234,8 +235,10 @@ def _positions(layer: int, fit: _Fit, faith: Mapping) -> pd.DataFrame:
 
 def _swaps(transcoders: Mapping[int, Transcoder], groups: Groups, means: Mapping[int, Tensor]) -> dict:
     swaps: dict = {("ce", "original"): []}
+    cross = is_cross_layer(transcoders)
     for name, layers in groups.items():
-        swaps["ce_replaced", name] = [h for layer in layers for h in replacement_hooks(layer, transcoders[layer])]
+        single = [] if cross else [h for layer in layers for h in replacement_hooks(layer, transcoders[layer])]
+        swaps["ce_replaced", name] = replace_mlps(transcoders, layers) if cross else single
         swaps["ce_zero", name] = [h for layer in layers for h in ablate_mlp(layer)]
         swaps["ce_mean", name] = [h for layer in layers for h in ablate_mlp(layer, means[layer])]
     return swaps

@@ -38,7 +38,7 @@ def incoming(index: Index, transcoders: Mapping[int, Transcoder], layer: int, fe
     f_enc = _centred(index, transcoders[layer].W_enc[:, feature].cpu())
     tables = [_empty()]
     for earlier in sorted(at for at in transcoders if at < layer):
-        V = (transcoders[earlier].W_dec.cpu() @ _written(index, earlier, f_enc)).numpy()
+        V = (transcoders[earlier].written(layer - earlier).cpu() @ _written(index, earlier, f_enc)).numpy()
         table = pd.DataFrame({"layer": earlier, "feature": np.arange(len(V)), "input_invariant": V})
         try:
             positions, values = index.entries(layer, feature)
@@ -58,9 +58,9 @@ def incoming(index: Index, transcoders: Mapping[int, Transcoder], layer: int, fe
 def outgoing(index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int) -> pd.DataFrame:
     """Every feature of every later layer as a reader of one feature, on the direct path; columns as `incoming`."""
     feature = _feature(index, transcoders, layer, feature)
-    f_dec = transcoders[layer].W_dec[feature].cpu()
     tables = [_empty()]
     for later in sorted(at for at in transcoders if at > layer):
+        f_dec = transcoders[layer].written(later - layer)[feature].cpu()
         V = (_written(index, layer, _centred(index, transcoders[later].W_enc.T.cpu())) @ f_dec).numpy()
         table = pd.DataFrame({"layer": later, "feature": np.arange(len(V)), "input_invariant": V})
         try:

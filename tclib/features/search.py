@@ -125,7 +125,7 @@ def by_similarity(transcoder: Transcoder, feature: int, k: int = 20, side: str =
     if side not in ("decoder", "encoder"):
         raise ValueError(f"side = {side!r}: choose 'decoder' or 'encoder'")
     feature = whole("feature", feature, transcoder.config.d_features, "the transcoder")
-    rows = transcoder.W_dec if side == "decoder" else transcoder.W_enc.T
+    rows = transcoder.W_dec.flatten(1) if side == "decoder" else transcoder.W_enc.T
     cosine = torch.cosine_similarity(rows, rows[feature][None], dim=1)
     cosine[feature] = -2
     values, chosen = cosine.topk(min(k, len(rows) - 1))

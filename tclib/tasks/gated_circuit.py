@@ -24,7 +24,7 @@ from tclib.activations import hook_in, hook_out
 from tclib.interventions import Hook
 from tclib.tasks import greater_than as gt
 from tclib.tracing import check_belongs, check_dtype
-from tclib.transcoder import Transcoder
+from tclib.transcoder import Transcoder, is_cross_layer
 
 Node = tuple[str, int, int]  # ("head" | "feature" | "error", layer, index); an error has index 0
 
@@ -38,6 +38,8 @@ class Gated:
     @torch.no_grad()
     def __init__(self, model: TransformerBridge, transcoders: dict[int, Transcoder], prompts: gt.Prompts):
         gt.check_prompts(model, prompts)
+        if is_cross_layer(transcoders):
+            raise ValueError("a small circuit is made of nodes that write to one layer: give per-layer transcoders")
         for layer, transcoder in transcoders.items():
             check_belongs(model, layer, transcoder)
             check_dtype(model, layer, transcoder)

@@ -225,7 +225,11 @@ def _first_crossing(lead: Float[np.ndarray, "draw k"], ks: Sequence[int]) -> Flo
 
 
 def _units(run: SharedPrefix, resid: Tensor, transcoder: Transcoder | None) -> Tensor:
-    return run.neurons(run.layer, resid) if transcoder is None else transcoder.encode(run.normalised(resid))
+    if transcoder is None:
+        return run.neurons(run.layer, resid)
+    if transcoder.config.n_writes is not None:
+        raise ValueError("a cross-layer transcoder has no features of one MLP alone to sweep over: use replace_mlps")
+    return transcoder.encode(run.normalised(resid))
 
 
 class _Kept:

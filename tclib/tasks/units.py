@@ -49,6 +49,8 @@ class Units:
             names, writes = [f"blocks.{layer}.mlp.hook_post"], last.model.W_out[layer].detach()
         elif transcoder.config.hook_out != hook_out(layer):
             raise ValueError(f"this transcoder writes to {transcoder.config.hook_out}, not to {hook_out(layer)}")
+        elif transcoder.config.n_writes is not None:
+            raise ValueError("a cross-layer transcoder has no features of one MLP alone: use replace_mlps")
         else:
             names, writes = [transcoder.config.hook_in], transcoder.W_dec.detach()
         read, out = last.activations(layer, [*names, hook_out(layer)])

@@ -54,18 +54,18 @@ def penalty(z: Pre, pre: Pre, transcoder: Transcoder, config: TrainConfig) -> Fl
 def auxiliary(
     transcoder: Transcoder,
     pre: Pre,
-    error: Float[Tensor, "token d_out"],
+    error: Float[Tensor, "token width"],
     dead: Float[Tensor, " d_features"],
 ) -> Float[Tensor, ""]:
     """AuxK (Gao et al. 2024, appendix A.2): squared error of explaining ``error`` with dead features alone.
 
-    The ``d_out / 2`` strongest dead features of each token take part; ``error`` is the true residual, without
-    gradient. Summed over tokens.
+    The ``width / 2`` strongest dead features of each token take part; ``error`` is the true residual, without
+    gradient, of everything that they write to: of one MLP, or of several side by side. Summed over tokens.
     """
-    k = min(int(dead.sum()), transcoder.config.d_out // 2)
+    k = min(int(dead.sum()), error.shape[1] // 2)
     values, index = torch.relu(pre).masked_fill(~dead, 0).topk(k, dim=-1, sorted=False)
     z = torch.zeros_like(pre).scatter(-1, index, values)
-    return (error - (z @ transcoder.W_dec).to(error.dtype)).pow(2).sum()
+    return (error - (z @ transcoder.W_dec.flatten(1)).to(error.dtype)).pow(2).sum()
 
 
 class _Jump(Function):

@@ -18,7 +18,7 @@ from pydantic import (
 
 from tclib.transcoder import Activation
 
-Kind = Literal["transcoder", "sae_in", "sae_out"]
+Kind = Literal["transcoder", "sae_in", "sae_out", "cross_layer"]
 STREAM = ("steps", "batch_rows", "buffer", "passes", "seed")  # what side-by-side trainings share
 
 OLDER = {  # names in older files
@@ -45,7 +45,9 @@ class TrainConfig(BaseModel):
     * ``batchtopk``: none; the ``k * tokens`` largest of the whole batch are kept (Bussmann et al. 2024)
     * ``jumprelu``: ``l0_coefficient * ||z||_0`` (Rajamanoharan et al. 2024)
 
-    With ``skip`` the transcoder also has an affine path past the features (Paulo et al. 2025).
+    With ``skip`` the transcoder also has an affine path past the features (Paulo et al. 2025). Of the kind
+    ``cross_layer`` the layers are trained together, on the sum of their losses: each feature writes to the MLP that it
+    reads and to all later ones (Ameisen et al. 2025), and pays its penalty once.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -98,7 +100,7 @@ class TrainConfig(BaseModel):
                 raise ValueError(f"k = {self.k} is more than the {self.d_features} features")
             if not self.unit_norm:
                 raise ValueError(f"{self.activation} compares activations, so it needs decoder rows of unit length")
-        if self.skip and self.kind != "transcoder":
+        if self.skip and self.kind.startswith("sae"):
             raise ValueError("an SAE with a skip path would copy its input: use skip with kind='transcoder' only")
         return self
 

@@ -21,6 +21,7 @@ from tclib.text import text_hash
 from tclib.training import distributed
 from tclib.training.cache import ActivationCache
 from tclib.training.config import STREAM, TrainConfig
+from tclib.training.cross_layer import CrossTrainer, SingleTrainer
 from tclib.training.fast.sparse_step import make_trainer
 from tclib.training.run_folder import RunFolder
 from tclib.training.stream import Acts, ModelSource, Stream
@@ -29,6 +30,7 @@ from tclib.transcoder import Transcoder
 
 Text = Int[Tensor, "row pos"] | ActivationCache
 Settings = TrainConfig | Mapping[int, TrainConfig]  # one for all layers, or one per layer
+Learner = SingleTrainer | CrossTrainer
 Watch = Callable[[list[dict]], None]
 DIVERGED = 1e4  # FVU; always answering with the mean scores 1
 RECORDS = 100  # about so many per run
@@ -44,7 +46,7 @@ def train(
     watch: Watch | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> tuple[dict[int, Transcoder], pd.DataFrame]:
-    """Train one transcoder (or SAE) per layer on the same stream of text.
+    """Train one transcoder (or SAE) per layer on the same stream of text, or a cross-layer one that spans them.
 
     Minimises ``||y - TC(x)||^2 / Var(y) + penalty`` (equation 2 for ReLU; `TrainConfig` lists the others), with the
     target scaled to unit variance and decoder rows of unit length, so that z measures what is written.
@@ -92,7 +94,8 @@ def train_side_by_side(
         The transcoders by name and layer, and the table of `train` with the name in front.
 
     Raises:
-        ValueError: as `train`; or configurations that differ in steps, batch_rows, buffer, passes or seed.
+        ValueError: as `train`; configurations that differ in steps, batch_rows, buffer, passes or seed; or a
+            cross-layer transcoder with other kinds or gaps among its layers.
     """
     tokens = _check(model, tokens, layers)
     settings = {(n, i): _of_layer(c, i) for n, c in configs.items() for i in layers}
@@ -100,7 +103,11 @@ def train_side_by_side(
     stream = Stream(tokens if isinstance(tokens, ActivationCache) else ModelSource(model, tokens, layers), config)
     sample = stream.sample()
     _check_finite(sample, "in the first rows")
-    trainers = {(name, i): make_trainer(i, *sample[i], c) for (name, i), c in settings.items()}
+    trainers = {
+        (name, i): make_trainer(i, *sample[i], c, max(layers) - i + 1 if c.kind == "cross_layer" else None)
+        for (name, i), c in settings.items()
+    }
+    learners = _learners(trainers, configs, layers)
     named = {f"{name}/{layer}": trainer for (name, layer), trainer in trainers.items()}
     folder = RunFolder(run, _about(tokens, layers, settings), checkpoint_seconds) if run else None
     first, records = 0, []
@@ -115,9 +122,9 @@ def train_side_by_side(
         for step in bar:
             batch = stream.batch(step)
             rows = []
-            for (name, layer), trainer in trainers.items():
-                row = _step(trainer, batch, layer, step, folder)
-                rows.append({"name": name, "step": step, "layer": layer, **row})
+            for name, learner in learners:
+                for layer, row in _step(learner, batch, step, folder).items():
+                    rows.append({"name": name, "step": step, "layer": layer, **row})
             if step % every == 0 or step == config.steps - 1:
                 done = (step + 1 - first) * config.batch_rows * stream.source.row_length
                 rows = [row | {"speed": done / (time.monotonic() - started)} for row in rows]
@@ -132,25 +139,46 @@ def train_side_by_side(
                 folder.save(step + 1, named)
             if stop:
                 raise KeyboardInterrupt(f"stopped after step {step}: the same call goes on from {folder.last()}")
-    finished = {name: {layer: trainers[name, layer].finished() for layer in layers} for name in configs}
+    finished: dict[str, dict[int, Transcoder]] = {name: {} for name in configs}
+    for name, learner in learners:
+        finished[name] |= learner.finished()
     columns = ["name", "step", "layer", "loss", "fvu", "l0", "dead"]
     return finished, pd.DataFrame(records, columns=columns)
 
 
-def _step(trainer: Trainer, batch: Acts, layer: int, step: int, folder: RunFolder | None) -> dict[str, float]:
+def _learners(
+    trainers: Mapping[tuple[str, int], Trainer], configs: Mapping[str, Settings], layers: Sequence[int]
+) -> list[tuple[str, Learner]]:
+    """Who learns by itself: each layer's trainer, or those of a cross-layer transcoder together."""
+    learners: list[tuple[str, Learner]] = []
+    for name in configs:
+        own = {layer: trainers[name, layer] for layer in layers}
+        crosses = {trainer.config.kind == "cross_layer" for trainer in own.values()}
+        if crosses == {False}:
+            learners += [(name, SingleTrainer(trainer)) for trainer in own.values()]
+            continue
+        if crosses == {True, False}:
+            raise ValueError("a cross-layer transcoder spans all layers that are trained: give them all that kind")
+        if sorted(layers) != list(range(min(layers), max(layers) + 1)):
+            raise ValueError(f"a cross-layer transcoder spans layers without gaps, and these are {sorted(layers)}")
+        learners.append((name, CrossTrainer(own)))
+    return learners
+
+
+def _step(learner: Learner, batch: Acts, step: int, folder: RunFolder | None) -> dict[int, dict[str, float]]:
     try:
-        row = trainer.step(*batch[layer], step)
+        rows = learner.learn(batch, step)
     except (RuntimeError, MemoryError) as error:
         if not _is_memory(error):
             raise
-        raise ValueError(_rows_that_fit(trainer, batch[layer])) from error
-    if not row["fvu"] < DIVERGED or not row["loss"] < float("inf"):
-        _check_finite(batch, f"at step {step}")
-        saved = f"; the last good checkpoint is {folder.last()}" if folder else ""
-        raise ValueError(
-            f"training diverged at step {step} in layer {layer}: lower lr ({trainer.config.lr}) or set clip{saved}"
-        )
-    return row
+        raise ValueError(_rows_that_fit(learner, batch)) from error
+    for layer, row in rows.items():
+        if not row["fvu"] < DIVERGED or not row["loss"] < float("inf"):
+            _check_finite(batch, f"at step {step}")
+            saved = f"; the last good checkpoint is {folder.last()}" if folder else ""
+            lr = learner.parts[layer].config.lr
+            raise ValueError(f"training diverged at step {step} in layer {layer}: lower lr ({lr}) or set clip{saved}")
+    return rows
 
 
 def _shared(settings: Collection[TrainConfig]) -> TrainConfig:
@@ -196,23 +224,23 @@ def _is_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(s in str(error).lower() for s in says)
 
 
-def _rows_that_fit(trainer: Trainer, pair: tuple[Tensor, Tensor]) -> str:
+def _rows_that_fit(learner: Learner, batch: Acts) -> str:
     """Try halves of the batch until forward and backward fit."""
-    trainer.adam.zero_grad()
-    rows = trainer.config.batch_rows
+    for part in learner.parts.values():
+        part.adam.zero_grad()
+    config = next(iter(learner.parts.values())).config
+    rows = config.batch_rows
     while rows > 1:
         rows //= 2
-        count = len(pair[0]) * rows // trainer.config.batch_rows
+        some = {layer: tuple(t[: len(t) * rows // config.batch_rows] for t in pair) for layer, pair in batch.items()}
         try:
-            trainer.gradients(*trainer.scaled(pair[0][:count], pair[1][:count]))
+            learner.try_out(some)
         except (RuntimeError, MemoryError) as error:
             if not _is_memory(error):
                 raise
             continue
-        return (
-            f"batch_rows = {trainer.config.batch_rows} does not fit into memory, but batch_rows = {rows} does: lower it"
-        )
-    return f"not even one row fits into memory with {trainer.config.d_features} features: train fewer at a time"
+        return f"batch_rows = {config.batch_rows} does not fit into memory, but batch_rows = {rows} does: lower it"
+    return f"not even one row fits into memory with {config.d_features} features: train fewer at a time"
 
 
 @contextmanager

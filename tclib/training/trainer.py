@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,17 +29,24 @@ class Trainer:
     """One transcoder in training, in scaled space: inputs of unit variance per coordinate, outputs of unit norm.
 
     Its precision and device are those of the activations. Under several processes each sees its share of a batch, and
-    sums of gradients, counts and norms run over all of them.
+    sums of gradients, counts and norms run over all of them. With ``n_writes`` it is one layer of a cross-layer
+    transcoder, see `tclib.training.cross_layer`.
     """
 
     def __init__(
-        self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"], config: TrainConfig
+        self,
+        layer: int,
+        x: Float[Tensor, "token d_in"],
+        y: Float[Tensor, "token d_out"],
+        config: TrainConfig,
+        n_writes: int | None = None,
     ):
         x, y = self._pair(x, y, config)
-        self.config = config
+        self.layer, self.config = layer, config
         self.measure_scales(x, y)
         hooks = {
             "transcoder": (hook_in(layer), hook_out(layer)),
+            "cross_layer": (hook_in(layer), hook_out(layer)),
             "sae_in": (hook_in(layer),) * 2,
             "sae_out": (hook_out(layer),) * 2,
         }[config.kind]
@@ -52,6 +60,7 @@ class Trainer:
                 activation=config.activation,
                 k=config.k,
                 skip=config.skip,
+                n_writes=n_writes,
                 training=config.model_dump(),
             )
         ).to(x)
@@ -70,10 +79,10 @@ class Trainer:
         t, c = self.transcoder, self.config
         generator = torch.Generator().manual_seed(c.seed)
         t.W_dec.copy_(torch.randn(t.W_dec.shape, generator=generator))
-        t.W_dec /= t.W_dec.norm(dim=1, keepdim=True)
+        t.W_dec.flatten(1).div_(lengths(t)[:, None])
         t.W_enc.copy_(torch.randn(t.W_enc.shape, generator=generator) / math.sqrt(x.shape[-1] * c.d_features))
         if c.tied:
-            t.W_enc.copy_(t.W_dec.T / math.sqrt(c.d_features))
+            t.W_enc.copy_(t.rows().T / math.sqrt(c.d_features))
         if c.start_l0 is not None:
             x = x[:4096]
             rank = max(1, round(len(x) * (1 - c.start_l0 / c.d_features)))
@@ -87,16 +96,22 @@ class Trainer:
 
     def step(self, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"], step: int) -> dict[str, float]:
         """Learn from this process's share of a batch; loss, FVU, L0 and dead fraction of the whole batch."""
-        t, c = self.transcoder, self.config
         x, y = self.scaled(x, y)
-        lr, ramp = rates(c, step)
-        self.adam.param_groups[0]["lr"] = c.lr * lr
-        n = len(x) * distributed.world()
-        sums, z = self.gradients(x, y, ramp)
+        return self.finish(*self.gradients(x, y, self.begin(step)), len(x), step)
+
+    def begin(self, step: int) -> float:
+        """Set a step's learning rate and give its ramp of the penalty."""
+        lr, ramp = rates(self.config, step)
+        self.adam.param_groups[0]["lr"] = self.config.lr * lr
+        return ramp
+
+    def finish(self, sums: tuple[Tensor, ...], z: Tensor, tokens: int, step: int) -> dict[str, float]:
+        """After `gradients`: new weights and thresholds, and what the batch was like."""
+        t, c, n = self.transcoder, self.config, tokens * distributed.world()
         with torch.no_grad():
             self.update()
             if c.activation == "batchtopk":
-                smallest = self.smallest(z, len(x)).to(t.threshold)
+                smallest = self.smallest(z, tokens).to(t.threshold)
                 t.threshold.lerp_(smallest, 1.0 if step == 0 else 1 - SMOOTHING)
             fired = distributed.total(self.fired(z).to(torch.int64)) > 0
             self.silent = torch.where(fired, 0, self.silent + n)
@@ -122,6 +137,11 @@ class Trainer:
             distributed.total(p.grad)
         return (loss.detach(), squared.detach(), (z > 0).sum().to(y.dtype)), z.detach()
 
+    def target(self, x: Tensor, y: Tensor) -> Float[Tensor, "token d_out"]:
+        """What the features are to write: the output without its bias and skip path."""
+        t = self.transcoder
+        return y - t.b_dec if t.W_skip is None else y - t.b_dec - (x @ t.W_skip).to(y.dtype)
+
     def fired(self, z: Tensor) -> Bool[Tensor, " d_features"]:
         """Which features are active on any token."""
         return (z > 0).any(0)
@@ -133,7 +153,7 @@ class Trainer:
     def penalty(self, z: Tensor, pre: Tensor) -> Float[Tensor, ""]:
         """What the architecture charges at the full coefficient, summed over tokens."""
         if self.config.activation == "relu" and not self.config.unit_norm:
-            z = z * self.transcoder.W_dec.norm(dim=1)
+            z = z * lengths(self.transcoder)
         return penalty(z, pre, self.transcoder, self.config)
 
     def revival(self, pre: Tensor, error: Tensor) -> Float[Tensor, ""] | float:
@@ -157,7 +177,7 @@ class Trainer:
         pulled up until they fire and have a gradient again (after Conerly et al. 2025)."""
         t, c = self.transcoder, self.config
         if c.unit_norm:
-            t.W_dec /= t.W_dec.norm(dim=1, keepdim=True)
+            t.W_dec.flatten(1).div_(lengths(t)[:, None])
         if c.activation == "jumprelu":
             t.threshold.clamp_(min=0)
         if c.dead_bias_lift:
@@ -168,25 +188,28 @@ class Trainer:
         return self.silent >= self.config.dead_after
 
     def _pair(self, x: Tensor, y: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
-        return {"transcoder": (x, y), "sae_in": (x, x), "sae_out": (y, y)}[config.kind]
+        return {"sae_in": (x, x), "sae_out": (y, y)}.get(config.kind, (x, y))
 
     def scaled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self._pair(x, y, self.config)
         return (x - self.x_mean).div_(self.x_scale), (y - self.y_mean).div_(self.y_scale)
 
     @torch.no_grad()
-    def finished(self) -> Transcoder:
-        """Fold scaling and row lengths into the weights: the result reads and writes the model's own activations."""
+    def finished(self, later: Sequence[Tensor] = ()) -> Transcoder:
+        """Fold scaling and row lengths into the weights: the result reads and writes the model's own activations.
+
+        Args:
+            later: the scales of the outputs of the later MLPs that it writes to.
+        """
         t = self.transcoder
-        length = t.W_dec.norm(dim=1)
+        t.W_dec.view(len(t.b_enc), 1 + len(later), -1).mul_(torch.stack([self.y_scale, *later])[:, None])
+        length = self.y_scale.expand(len(t.b_enc)) if t.config.activation == "topk" else lengths(t)  # keeps the order
         for reads in (t.W_enc, t.b_enc) if t.threshold is None else (t.W_enc, t.b_enc, t.threshold):
             reads *= length
-        t.W_dec /= length[:, None]
-        t.W_enc *= self.y_scale / self.x_scale
-        t.b_enc.copy_(t.b_enc * self.y_scale - self.x_mean @ t.W_enc)
+        t.W_dec.flatten(1).div_(length[:, None])
+        t.W_enc /= self.x_scale
+        t.b_enc -= self.x_mean @ t.W_enc
         t.b_dec.copy_(t.b_dec * self.y_scale + self.y_mean)
-        if t.threshold is not None:
-            t.threshold *= self.y_scale
         if t.W_skip is not None:
             t.W_skip *= self.y_scale / self.x_scale
             t.b_dec -= self.x_mean @ t.W_skip
@@ -211,6 +234,11 @@ class Trainer:
         for name in SCALES:
             setattr(self, name, tensors[f"scale.{name}"].to(self.x_mean))
         self.silent = tensors["silent"].to(self.silent)
+
+
+def lengths(transcoder: Transcoder) -> Float[Tensor, " d_features"]:
+    """The lengths of decoder rows, those to several MLPs taken together."""
+    return transcoder.W_dec.flatten(1).norm(dim=1)
 
 
 SCALES = ("x_mean", "y_mean", "x_scale", "y_scale")

@@ -12,9 +12,12 @@ the work itself. Adam is dense in both: a feature without a gradient still moves
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tclib.training import distributed
@@ -22,22 +25,32 @@ from tclib.training.config import TrainConfig
 from tclib.training.fast.active_pairs import Active
 from tclib.training.fast.pairs import Pairs
 from tclib.training.fast.screening import CHUNK
-from tclib.training.trainer import Trainer
+from tclib.training.trainer import Trainer, lengths
 from tclib.transcoder import Transcoder
 
 
-def make_trainer(layer: int, x: Tensor, y: Tensor, config: TrainConfig) -> Trainer:
+def make_trainer(layer: int, x: Tensor, y: Tensor, config: TrainConfig, n_writes: int | None = None) -> Trainer:
     """The sparse trainer for large transcoders where it is exact and was measured: on processors, in full precision."""
     full = x.dtype in (torch.float32, torch.float64) and not config.bfloat16
     sparse = config.d_features >= config.sparse_from and full and x.device.type == "cpu"
-    return (SparseTrainer if sparse else Trainer)(layer, x, y, config)
+    return (SparseTrainer if sparse else Trainer)(layer, x, y, config, n_writes)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The pairs that take part in a step: the active ones, with values ``pairs.z``, and JumpReLU's in the window."""
+
+    pairs: Pairs
+    pre: Float[Tensor, " pair"]
+    threshold: Float[Tensor, " pair"]
+    written: Float[Tensor, "token width"]  # by all features, to everything that they write to, side by side
 
 
 class SparseTrainer(Trainer):
     """A `Trainer` that computes active features alone while few are active (`TrainConfig.sparse_below`)."""
 
-    def __init__(self, layer: int, x: Tensor, y: Tensor, config: TrainConfig):
-        super().__init__(layer, x, y, config)
+    def __init__(self, layer: int, x: Tensor, y: Tensor, config: TrainConfig, n_writes: int | None = None):
+        super().__init__(layer, x, y, config, n_writes)
         W_enc = self.transcoder.W_enc
         W_enc.data = W_enc.data.T.contiguous().T  # a feature's weights side by side
         expected = config.k or config.start_l0 or config.d_features
@@ -46,66 +59,88 @@ class SparseTrainer(Trainer):
 
     def gradients(self, x: Tensor, y: Tensor, ramp: float = 1.0) -> tuple[tuple[Tensor, ...], Tensor | Pairs]:
         """As `Trainer.gradients`; a sparse step gives the activations as pairs, with values ``z``."""
-        if self.density < self.config.sparse_below:
-            sums, z = self._sparse_gradients(x, y, ramp)
-            visited = torch.tensor(len(z), dtype=torch.float64)
+        if self.skips():
+            with torch.no_grad():
+                found = self.forward(x)
+                error = found.written.neg_().add_(y).sub_(self.transcoder.b_dec)
+                if self.transcoder.W_skip is not None:
+                    error -= x @ self.transcoder.W_skip
+                squared = error.flatten().dot(error.flatten())
+                paid, count = self.backward(found, x, error, ramp)
+            sums, z = (squared + paid, squared, count), found.pairs
         else:
             sums, z = super().gradients(x, y, ramp)
-            visited = sums[2].double()
-        self.density = distributed.total(visited) / (len(x) * distributed.world() * self.config.d_features)
+        self.visited(z if isinstance(z, Pairs) else sums[2], len(x))
         return sums, z
 
-    @torch.no_grad()
-    def _sparse_gradients(self, x: Tensor, y: Tensor, ramp: float) -> tuple[tuple[Tensor, ...], Pairs]:
-        t, c, share = self.transcoder, self.config, 1 / (len(x) * distributed.world())
-        found, pre = self.find(x, bool(self.density < c.screen_below))
-        threshold = t.threshold[found.feature] if c.activation == "jumprelu" else torch.zeros_like(pre)
-        active = pre > threshold
-        found.z = pre * active
-        error = found.token_sums(found.z, t.W_dec).neg_().add_(y).sub_(t.b_dec)
-        if t.W_skip is not None:
-            error -= x @ t.W_skip
-            _grad(t.W_skip).copy_(-2 * share * (x.T @ error))
-        r = -2 * share * error
-        _grad(t.b_dec).copy_(r.sum(0))
-        squared = error.flatten().dot(error.flatten())
-        loss, count = squared.clone(), active.sum().to(squared)
+    def skips(self) -> bool:
+        """Whether so few features were active in the step before that the others are skipped in this one."""
+        return bool(self.density < self.config.sparse_below)
 
-        pairs, z = found, found.z
+    def visited(self, where: Pairs | Tensor, tokens: int) -> None:
+        """Remember which share of pairs a step has visited: how the next one is done depends on it."""
+        count = torch.tensor(len(where), dtype=torch.float64) if isinstance(where, Pairs) else where.double()
+        self.density = distributed.total(count) / (tokens * distributed.world() * self.config.d_features)
+
+    def forward(self, x: Float[Tensor, "token d_in"]) -> Found:
+        """The pairs that take part, and what their features write."""
+        t, c = self.transcoder, self.config
+        pairs, pre = self.find(x, bool(self.density < c.screen_below))
+        threshold = t.threshold[pairs.feature] if c.activation == "jumprelu" else torch.zeros_like(pre)
+        pairs.z = pre * (pre > threshold)
+        return Found(pairs, pre, threshold, pairs.token_sums(pairs.z, t.W_dec.flatten(1)))
+
+    def backward(self, found: Found, x: Tensor, error: Float[Tensor, "token width"], ramp: float) -> tuple[Tensor, ...]:
+        """Fill ``grad``, given the errors of all that the features write to, side by side.
+
+        Returns:
+            What was charged beyond those errors, and active features, each summed over this process's tokens.
+        """
+        t, c, share = self.transcoder, self.config, 1 / (len(x) * distributed.world())
+        pre, threshold, active = found.pre, found.threshold, found.pre > found.threshold
+        W_dec, own = t.W_dec.flatten(1), error[:, : len(t.b_dec)]
+        if t.W_skip is not None:
+            _grad(t.W_skip).copy_(-2 * share * (x.T @ own))
+        r = -2 * share * error
+        _grad(t.b_dec).copy_(r[:, : len(t.b_dec)].sum(0))
+        count = active.sum().to(error)
+        loss = torch.zeros_like(count)
+
+        pairs, z = found.pairs, found.pairs.z
         if c.activation.endswith("topk") and c.aux and self.dead().any():
-            pairs, z, x, r, missed = self._with_dead(found, x, r, error)
+            pairs, z, x, r, missed = self._with_dead(pairs, x, r, error)
             loss += missed
-        pull = pairs.dots(t.W_dec, r)  # dL/dz
+        pull = pairs.dots(W_dec, r)  # dL/dz
         if c.activation == "jumprelu":
             window = (pre - threshold).abs() < c.bandwidth / 2
             through = (threshold * pull + share * ramp * c.l0_coefficient) * window / -c.bandwidth
             _grad(t.threshold).zero_().index_add_(0, pairs.feature, through)
             loss += ramp * c.l0_coefficient * count
         if c.activation == "relu":
-            lengths = torch.ones_like(t.b_enc) if c.unit_norm else t.W_dec.norm(dim=1)
-            cost = ramp * c.l1_coefficient * lengths
+            cost = ramp * c.l1_coefficient * (torch.ones_like(t.b_enc) if c.unit_norm else lengths(t))
             loss += (cost[pairs.feature] * z).sum()
             pull += share * cost[pairs.feature]
         pull *= z > 0
-        pairs.feature_sums(z, r, _grad(t.W_dec))
+        pairs.feature_sums(z, r, _grad(t.W_dec).flatten(1))
         pairs.feature_sums(pull, x, _grad(t.W_enc).T)
         _grad(t.b_enc).zero_().index_add_(0, pairs.feature, pull)
         if c.activation == "relu" and not c.unit_norm:  # the cost grows with the length of the row
             paid = torch.zeros_like(t.b_enc).index_add_(0, pairs.feature, z) * cost
-            t.W_dec.grad.addcmul_(t.W_dec, (share * paid / t.W_dec.pow(2).sum(1))[:, None])
+            t.W_dec.grad.flatten(1).addcmul_(W_dec, (share * paid / W_dec.pow(2).sum(1))[:, None])
         for p in self.adam.param_groups[0]["params"]:
             distributed.total(p.grad)
-        return (loss, squared, count), found
+        return loss, count
 
     def _with_dead(self, pairs: Pairs, x: Tensor, r: Tensor, error: Tensor) -> tuple[Pairs, *tuple[Tensor, ...]]:
         """Aux-k: dead features see each token a second time, with what was missed there as their target."""
         t, c, n, dead = self.transcoder, self.config, len(x), self.dead().nonzero().squeeze(1)
-        k = min(len(dead), t.config.d_out // 2)
+        k = min(len(dead), error.shape[1] // 2)
         W, b = t.W_enc[:, dead], t.b_enc[dead]
         parts = [(part @ W + b).relu().topk(k, sorted=False) for part in x.split(CHUNK)]
         value, index = (torch.cat(column) for column in zip(*parts, strict=True))
         feature = dead[index]
-        missed = error - F.embedding_bag(feature, t.W_dec.detach(), mode="sum", per_sample_weights=value)
+        rows = t.W_dec.detach().flatten(1)
+        missed = error - F.embedding_bag(feature, rows, mode="sum", per_sample_weights=value)
         token, place = (value > 0).nonzero(as_tuple=True)
         feature, value = feature[token, place], value[token, place]
         key, order = torch.cat([pairs.feature * 2 * n + pairs.token, feature * 2 * n + n + token]).sort()
@@ -127,8 +162,8 @@ class SparseTrainer(Trainer):
     def smallest(self, z: Tensor | Pairs, tokens: int) -> Tensor:
         return super().smallest(z if isinstance(z, Tensor) else z.z, tokens)
 
-    def finished(self) -> Transcoder:
-        t = super().finished()
+    def finished(self, later: Sequence[Tensor] = ()) -> Transcoder:
+        t = super().finished(later)
         t.W_enc.data = t.W_enc.data.contiguous()
         return t
 

@@ -5,6 +5,7 @@ The functions below are all that notebooks use; a module has those of one notebo
 
 from tclib.nb.teaching.checks.check_blind import blind_rule, keys_too, moved_rule
 from tclib.nb.teaching.checks.check_circuits import invariant, through_head, two_tokens
+from tclib.nb.teaching.checks.check_cross_layer import cross_removal, equal_width, imitated
 from tclib.nb.teaching.checks.check_dictionaries import code_bits, label_fvu, orthogonal_pursuit
 from tclib.nb.teaching.checks.check_evaluation import auroc, fvu_in_pieces, paired_interval, recovered_from_mean
 from tclib.nb.teaching.checks.check_features import promoted, tokens_needed, two_shares
@@ -29,11 +30,14 @@ __all__ = [
     "blind_rule",
     "both_orders",
     "code_bits",
+    "cross_removal",
     "dodge",
+    "equal_width",
     "fair_start",
     "fold",
     "forward",
     "fvu_in_pieces",
+    "imitated",
     "integrated",
     "invariant",
     "keep_live",
