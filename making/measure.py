@@ -126,8 +126,9 @@ def measure(model: TransformerBridge, transcoders: dict[int, Transcoder], nouns:
     return metrics
 
 
-def on_nouns(model: TransformerBridge, nouns: list[str], centuries: Sequence[int] = gt.CENTURIES) -> dict:
+def on_nouns(model: TransformerBridge, nouns: list[str], centuries: Sequence[int] | None = None) -> dict:
     """Main template forward and backward, averaged over nouns, centuries and years, and per century."""
+    centuries = centuries or gt.CENTURIES
     forward = gt.prompts(model.tokenizer, nouns, centuries)
     backward = gt.prompts(model.tokenizer, nouns, centuries, template=gt.BACKWARD_TEMPLATE)
     probs = gt.run(model, forward)

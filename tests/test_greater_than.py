@@ -359,6 +359,7 @@ def test_spread_picks_evenly():
 def test_measure_finds_the_key_mlp_and_says_what_is_missed(model, tokenizer, monkeypatch):
     monkeypatch.setattr(measure, "NOUNS", {"train": ("war",), "selection": ("siege",), "report": ("it",)})
     monkeypatch.setattr(measure.gt.prompts, "__defaults__", ([17], range(2, 99, 12), gt.TEMPLATE))
+    monkeypatch.setattr(measure.gt, "CENTURIES", [17])
     monkeypatch.setattr(measure, "SPANS", {"heldout": ("The {noun} lasted from {start} to {end}.",)})
     monkeypatch.setattr(measure, "BACKWARD", {"heldout": ("The {noun} ended in {end}; it began in {start}.",)})
     monkeypatch.setattr(measure, "NEURON_KS", [1, 16])
@@ -370,6 +371,6 @@ def test_measure_finds_the_key_mlp_and_says_what_is_missed(model, tokenizer, mon
     assert metrics["features_vs_neurons"]["selection"]["layer"] == metrics["key_mlp"]["layer"]
     assert metrics["by_nouns"]["train"]["by_century"].keys() == {"17"}
     lines = measure.verdicts({**metrics, "bits_per_char": 1.7})
-    assert any(line.startswith("probability_difference") and line.endswith("MISSED") for line in lines)
-    assert "bits per character: 1.700 (at most 1.65) MISSED" in lines
+    assert any(line.startswith("probability difference") and line.endswith("MISSED") for line in lines)
+    assert "bits per character: 1.700 (at most 1.6) MISSED" in lines
     assert measure.json.dumps(measure.rounded(metrics))

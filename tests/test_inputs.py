@@ -202,10 +202,10 @@ def test_what_bos_is_worth(bundled):
     lm, transcoders = bundled
     prompt = to_tokens(lm, "The war lasted from the year 1732 to the year 17")
     value = lambda traced: targets.logit_difference(traced, "45", "20").value(traced)  # noqa: E731
-    assert value(tc.trace(lm, transcoders, prompt)) == pytest.approx(4.851, abs=1e-3)
+    assert value(tc.trace(lm, transcoders, prompt)) == pytest.approx(5.337, abs=1e-3)
     lm.cfg.default_prepend_bos = False
     try:
-        assert value(tc.trace(lm, transcoders, prompt[1:], check_fit=False)) == pytest.approx(2.146, abs=1e-3)
+        assert value(tc.trace(lm, transcoders, prompt[1:], check_fit=False)) == pytest.approx(3.624, abs=1e-3)
     finally:
         lm.cfg.default_prepend_bos = True
     one_sentence(lambda: tc.trace(lm, transcoders, prompt[1:]), "does not start with BOS")

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from tclib.checkpoints import readers
 from tclib.checkpoints.lazy import Stored
-from tclib.checkpoints.readers import decoder
+from tclib.checkpoints.clt_reader import circuit_tracer_cross_layer, decoder
 
 PAPERS = "the paper's"
 SPARSITY = "_log_feature_sparsity.pt"
@@ -35,7 +35,7 @@ FORMATS = (
         r"W_enc_\d+\.safetensors",
         lambda stem: ["config.yaml", f"{decoder(stem)}.safetensors"],
         None,
-        readers.circuit_tracer_cross_layer,
+        circuit_tracer_cross_layer,
     ),
     Format("tclib", r"layer_\d+\.safetensors", lambda stem: [f"{stem}.json"], None, readers.native),
     Format(PAPERS, r".+\.pt", lambda stem: [stem + SPARSITY], None, readers.original),

@@ -29,7 +29,7 @@ class _Foreign(BaseModel):
 def native(path: Path) -> Stored:
     """What `Transcoder.save` writes: ``layer_3.safetensors`` and ``layer_3.json``."""
     config = read_config(path)
-    return Stored(_number(path.stem), path, numbers(config), lambda: read_weights(path), n_writes=config.n_writes or 1)
+    return Stored(number(path.stem), path, numbers(config), lambda: read_weights(path), n_writes=config.n_writes or 1)
 
 
 class _OriginalConfig(_Foreign):
@@ -122,19 +122,19 @@ def saelens(path: Path) -> Stored:
     if not meta.hook_name or not meta.hook_name_out:
         raise BadFile(f"{where} does not say hook_name and hook_name_out in its metadata: what it reads is unknown")
     layer = _layer_of(meta.hook_name, where)
-    reads, after_norm = _reads(layer, meta.hook_name)
+    hook_in, after_norm = reads(layer, meta.hook_name)
     config = safe_files.parsed(where, TranscoderConfig, {
-        "d_in": cfg.d_in, "d_out": cfg.d_out, "d_features": cfg.d_sae, "hook_in": reads,
+        "d_in": cfg.d_in, "d_out": cfg.d_out, "d_features": cfg.d_sae, "hook_in": hook_in,
         "hook_out": meta.hook_name_out, "model_name": meta.model_name or "unknown",
         **SAELENS_KINDS[cfg.architecture],
     })  # fmt: skip
     expected = expected_shapes(config) | ({"W_skip": (cfg.d_out, cfg.d_in)} if config.skip else {})
     safe_files.check_shapes(path, safe_files.safetensors_shapes(path), expected)
     names = {name: name for name in expected}
-    return Stored(layer, path, numbers(config), lambda: (config, _turned(path, names, "W_skip")), after_norm)
+    return Stored(layer, path, numbers(config), lambda: (config, turned(path, names, "W_skip")), after_norm)
 
 
-class _CircuitTracerConfig(_Foreign):
+class CircuitTracerConfig(_Foreign):
     model_name: str = "unknown"
     model_kind: str = "transcoder_set"
     feature_input_hook: str
@@ -147,12 +147,12 @@ class _CircuitTracerConfig(_Foreign):
 def circuit_tracer(path: Path) -> Stored:
     """One layer of a circuit-tracer transcoder set: ``config.yaml`` and ``layer_3.safetensors``."""
     where = path.with_name("config.yaml")
-    cfg = safe_files.parsed(where, _CircuitTracerConfig, safe_files.read_yaml(where))
+    cfg = safe_files.parsed(where, CircuitTracerConfig, safe_files.read_yaml(where))
     if cfg.model_kind != "transcoder_set":
         raise BadFile(f"{where} is a {cfg.model_kind}: only transcoder_set is read")
     for name in cfg.transcoders or ():
         safe_files.plain_name(name, where)
-    layer = _number(path.stem)
+    layer = number(path.stem)
     shapes = safe_files.safetensors_shapes(path)
     k = cfg.k
     if "k" in shapes:  # its own writer puts k among the tensors
@@ -169,11 +169,11 @@ def circuit_tracer(path: Path) -> Stored:
     if len(shapes.get("W_enc", ())) != 2:
         raise BadFile(f"{path} has no matrix W_enc")
     d_features, d_model = shapes["W_enc"]
-    reads, after_norm = _reads(layer, f"blocks.{layer}.{cfg.feature_input_hook}")
+    hook_in, after_norm = reads(layer, f"blocks.{layer}.{cfg.feature_input_hook}")
     config = safe_files.parsed(where, TranscoderConfig, {
         "d_in": d_model, "d_out": d_model, "d_features": d_features, "activation": activation,
         "k": k if activation == "topk" else None, "skip": "W_skip" in shapes, "model_name": cfg.model_name,
-        "hook_in": reads, "hook_out": f"blocks.{layer}.{cfg.feature_output_hook}",
+        "hook_in": hook_in, "hook_out": f"blocks.{layer}.{cfg.feature_output_hook}",
     })  # fmt: skip
     names = {name: name for name in expected_shapes(config)} | (
         {"threshold": "activation_function.threshold"} if jump else {}
@@ -186,50 +186,7 @@ def circuit_tracer(path: Path) -> Stored:
         raise BadFile(
             f"{path} has negative thresholds: circuit-tracer lets negative activations pass there, this does not"
         )
-    return Stored(layer, path, numbers(config), lambda: (config, _turned(path, names, "W_enc", "W_skip")), after_norm)
-
-
-def decoder(stem: str) -> str:
-    """The name of the file with the decoder rows beside ``W_enc_3``."""
-    return stem.replace("W_enc", "W_dec")
-
-
-def circuit_tracer_cross_layer(path: Path) -> Stored:
-    """One layer of circuit-tracer's cross-layer transcoders: ``W_enc_3`` with the biases, and ``W_dec_3``.
-
-    Its code computes ``y_l = sum_k z_k W_dec[k -> l] + b_dec_l``; its folders hold no skip paths.
-    """
-    where, rows = path.with_name("config.yaml"), path.with_name(f"{decoder(path.stem)}.safetensors")
-    cfg = safe_files.parsed(where, _CircuitTracerConfig, safe_files.read_yaml(where))
-    if cfg.model_kind != "cross_layer_transcoder":
-        raise BadFile(f"{where} says {cfg.model_kind}, but {path.name} is of a cross_layer_transcoder")
-    layer = _number(path.stem)
-    shapes = safe_files.safetensors_shapes(path)
-    written = safe_files.safetensors_shapes(rows).get(f"W_dec_{layer}", ())
-    if len(shapes.get(f"W_enc_{layer}", ())) != 2 or len(written) != 3:
-        raise BadFile(f"{path} and {rows.name} have no matrix W_enc_{layer} and no rows W_dec_{layer} for each layer")
-    jump = f"threshold_{layer}" in shapes
-    d_features, d_model = shapes[f"W_enc_{layer}"]
-    reads, after_norm = _reads(layer, f"blocks.{layer}.{cfg.feature_input_hook}")
-    config = safe_files.parsed(where, TranscoderConfig, {
-        "d_in": d_model, "d_out": d_model, "d_features": d_features, "activation": "jumprelu" if jump else "relu",
-        "n_writes": written[1], "model_name": cfg.model_name, "hook_in": reads,
-        "hook_out": f"blocks.{layer}.{cfg.feature_output_hook}",
-    })  # fmt: skip
-    names = {name: f"{name}_{layer}" for name in expected_shapes(config)}
-    expected = {names[name]: shape for name, shape in expected_shapes(config).items()}
-    expected[f"W_enc_{layer}"] = d_features, d_model
-    safe_files.check_shapes(path, shapes | {f"W_dec_{layer}": written}, expected)
-    if jump and safe_files.read_safetensors(path, {"t": names["threshold"]})["t"].min() < 0:
-        raise BadFile(
-            f"{path} has negative thresholds: circuit-tracer lets negative activations pass there, this does not"
-        )
-
-    def open_() -> tuple[TranscoderConfig, dict[str, Tensor]]:
-        own = {name: stored for name, stored in names.items() if name != "W_dec"}
-        return config, _turned(path, own, "W_enc") | safe_files.read_safetensors(rows, {"W_dec": names["W_dec"]})
-
-    return Stored(layer, path, numbers(config), open_, after_norm, config.n_writes, rows)
+    return Stored(layer, path, numbers(config), lambda: (config, turned(path, names, "W_enc", "W_skip")), after_norm)
 
 
 _LENGTHS = ("in_norm", "out_norm")  # mean lengths of inputs and outputs, where sparsify normalises them
@@ -274,7 +231,7 @@ def sparsify(path: Path) -> Stored:
     )
 
     def open_() -> tuple[TranscoderConfig, dict[str, Tensor]]:
-        tensors = _turned(path, names, "W_enc", "W_skip")
+        tensors = turned(path, names, "W_enc", "W_skip")
         return config, _with_lengths(path, tensors) if cfg.normalize_io else tensors
 
     return Stored(layer, path, numbers(config), open_, after_norm=True)
@@ -320,19 +277,19 @@ def frequencies(path: Path) -> Tensor:
     return torch.pow(10.0, values) if (values < 0).any() else values
 
 
-def _turned(path: Path, names: dict[str, str], *which: str) -> dict[str, Tensor]:
+def turned(path: Path, names: dict[str, str], *which: str) -> dict[str, Tensor]:
     """Tensors by our names, some of them stored as the transpose of ours."""
     tensors = safe_files.read_safetensors(path, names)
     return {name: t.T if name in which else t for name, t in tensors.items()}
 
 
-def _reads(layer: int, hook: str) -> tuple[str, bool]:
+def reads(layer: int, hook: str) -> tuple[str, bool]:
     """Our name of what a transcoder reads, and whether it reads that with the norm's gain and bias."""
     full = hook in (f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.ln2.hook_out")
     return (hook_in(layer) if full else hook), full
 
 
-def _number(stem: str) -> int:
+def number(stem: str) -> int:
     return int(re.sub(r"\D", "", stem))
 
 

@@ -160,8 +160,12 @@ def right_digits(answer: Callable[[int, str], Tensor]) -> None:
         "those are the wrong digits": 1 - digits(1, 0),
     }
     if callable(answer):
-        given = [torch.as_tensor(call(answer, tried, *case)).double() for case in cases]
-        answer = torch.stack(given) if len({g.shape for g in given}) == 1 else given
+        given = [call(answer, tried, *case) for case in cases]
+        if all(one is not None for one in given):
+            given = [torch.as_tensor(one).double() for one in given]
+            answer = torch.stack(given) if len({g.shape for g in given}) == 1 else given
+        else:
+            answer = None
     judge(
         tried,
         answer,
