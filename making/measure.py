@@ -189,8 +189,8 @@ def mlp_drops(model: TransformerBridge, prompts: gt.Prompts) -> list[dict]:
             "layer": layer,
             "zero_last": gt.drop_if_ablated(model, prompts, layer, "zero", "last"),
             "mean_last": gt.drop_if_ablated(model, prompts, layer, "mean", "last"),
-            "zero_last_scale_held": gt.drop_if_ablated(model, prompts, layer, "zero", "last", hold_scales=True),
-            "mean_last_scale_held": gt.drop_if_ablated(model, prompts, layer, "mean", "last", hold_scales=True),
+            "zero_last_scale_held": gt.drop_if_ablated(model, prompts, layer, "zero", "last", freeze_scales=True),
+            "mean_last_scale_held": gt.drop_if_ablated(model, prompts, layer, "mean", "last", freeze_scales=True),
             "zero_all": gt.drop_if_ablated(model, prompts, layer, "zero", "all"),
         }
         for layer in range(model.cfg.n_layers)
@@ -213,8 +213,8 @@ def features_vs_neurons(model: TransformerBridge, prompts: gt.Prompts, layer: in
         "layer": layer,
         f"recovered_by_{k}_features": unit_sweep.recovered(features, k),
         f"recovered_by_{k}_neurons": unit_sweep.recovered(neurons, k),
-        f"recovered_by_{k}_features_scale_held": recovered_with_scales_held(model, prompts, layer, k, transcoder),
-        f"recovered_by_{k}_neurons_scale_held": recovered_with_scales_held(model, prompts, layer, k),
+        f"recovered_by_{k}_features_scale_held": recovered_with_frozen_scales(model, prompts, layer, k, transcoder),
+        f"recovered_by_{k}_neurons_scale_held": recovered_with_frozen_scales(model, prompts, layer, k),
         f"recovered_by_{k}_random_features": sum(unit_sweep.recovered(table, k) for table in chance) / len(chance),
         f"neurons_with_the_difference_of_{k}_features": int(enough[0]) if len(enough) else None,
         f"neurons_with_the_recovery_of_{k}_features": int(same_share[0]) if len(same_share) else None,
@@ -223,7 +223,7 @@ def features_vs_neurons(model: TransformerBridge, prompts: gt.Prompts, layer: in
     }
 
 
-def recovered_with_scales_held(
+def recovered_with_frozen_scales(
     model: TransformerBridge, prompts: gt.Prompts, layer: int, k: int, transcoder: Transcoder | None = None
 ) -> float:
     """(m_k - m_0) / (m_model - m_0) with LayerNorm's scales held: the share of the MLP's part that k units keep.
@@ -233,7 +233,7 @@ def recovered_with_scales_held(
     ranked = unit_sweep.rank_units(model, prompts, layer, transcoder)
     units = unit_sweep.units_at_last_token(model, prompts, layer, transcoder)
     mean = gt.mean_over_years(units, prompts)
-    held = gt.held_scales(model, prompts, layer)
+    held = gt.frozen_scales(model, prompts, layer)
 
     def difference(kept: Tensor) -> float:
         def hooks(rows: slice) -> list[Hook]:

@@ -539,7 +539,7 @@ def test_cross_removal(laboratory, capsys):
 
 def test_two_tokens(laboratory, capsys):
     lm, layers, trace = laboratory
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(0)
     inputs = trace.cache["blocks.1.ln2.hook_normalized"][1:]
     written, read = torch.randn(2, 256, generator=generator)
     context = (trace, 1, written, read, inputs)
@@ -551,12 +551,14 @@ def test_two_tokens(laboratory, capsys):
     high, low = int(factors.argmax()), int(factors.argmin())
     checks.two_tokens(lambda: (high, low), *context)
     assert "correct" in capsys.readouterr().out
-    middle = int((factors - factors.median()).abs().argmin())
+    least = int(factors.abs().argmin())
+    order = (factors - factors.median()).abs().argsort().tolist()
+    middle = next(i for i in order if i != least)
     wrong = {
         "places among": (high, 5000),
         "twice": (high, high),
         "order": (low, high),
-        "most negative": (high, int(factors.abs().argmin())),
+        "most negative": (high, least),
         "one number per token": (middle, low),
     }
     for word, value in wrong.items():

@@ -263,7 +263,7 @@ def drop_if_ablated(
     layer: int,
     how: Literal["zero", "mean"] = "mean",
     positions: Literal["last", "all"] = "last",
-    hold_scales: bool = False,
+    freeze_scales: bool = False,
 ) -> float:
     """Probability difference lost when the output of one MLP is zero, or at the last token its mean over YY.
 
@@ -271,8 +271,8 @@ def drop_if_ablated(
     (figure, about 0.63 left of 0.88) sets all neurons to zero at all positions and keeps the output bias.
 
     Args:
-        hold_scales: later LayerNorms divide by what they divide by in the whole model. Otherwise a missing output makes
-            everything else larger after them, and the answer more decided.
+        freeze_scales: later LayerNorms divide by what they divide by in the whole model. Otherwise a missing output
+            makes everything else larger after them, and the answer more decided.
     """
     check_layers(model, [layer])
     if (how, positions) not in (("zero", "last"), ("zero", "all"), ("mean", "last")):
@@ -282,14 +282,14 @@ def drop_if_ablated(
     else:
         mean = mean_over_years(at_last_token(model, prompts, layer, [hook_out(layer)])[0], prompts)
         edits = lambda rows: ablate_mlp(layer, mean[rows], -1)  # noqa: E731
-    held = held_scales(model, prompts, layer) if hold_scales else lambda rows: []
+    held = frozen_scales(model, prompts, layer) if freeze_scales else lambda rows: []
     ablated = run(model, prompts, lambda rows: [*held(rows), *edits(rows)])
     whole = probability_difference(run(model, prompts), prompts.bounds)
     return (whole - probability_difference(ablated, prompts.bounds)).mean().item()
 
 
 @torch.no_grad()
-def held_scales(model: TransformerBridge, prompts: Prompts, layer: int) -> Callable[[slice], list[Hook]]:
+def frozen_scales(model: TransformerBridge, prompts: Prompts, layer: int) -> Callable[[slice], list[Hook]]:
     """Hooks that give the LayerNorms behind a layer's MLP the scales that they have in the unchanged model."""
     later = [f"blocks.{i}.{norm}.hook_scale" for i in range(layer + 1, model.cfg.n_layers) for norm in ("ln1", "ln2")]
     names = {*later, "ln_final.hook_scale"}
