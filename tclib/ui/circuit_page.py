@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Collection, Mapping
+from itertools import product
 from pathlib import Path
 
 import networkx as nx
@@ -103,7 +104,8 @@ def circuit_svg(circuit: nx.DiGraph, top: int = 30, out: Collection[str] = ()) -
 def _route(boxes: Mapping[str, tuple[float, float, float]], source: str, reader: str) -> list[tuple[float, float]]:
     """The four points of a cubic curve: the plainest one that runs through no other box, or through as few as can be.
 
-    A straight line, else one that leaves upwards and arrives from below, each more and more to the side.
+    A straight line, else one that leaves upwards and arrives from below, each more and more to the side; where all of
+    these run through a box, the two ends may lean to different sides.
     """
     start, end = np.array(boxes[source][:2]), np.array(boxes[reader][:2])
     others = np.array([box for name, box in boxes.items() if name not in (source, reader)]).reshape(-1, 3)
@@ -111,10 +113,11 @@ def _route(boxes: Mapping[str, tuple[float, float, float]], source: str, reader:
     step = end - start
     aside = np.array([step[1], -step[0]]) / max(float(np.hypot(*step)), 1.0)
     best, least = None, np.inf
-    for bow in BOWS:
+    leans = sorted(product(BOWS, BOWS), key=lambda pair: (pair[0] != pair[1], abs(pair[0]) + abs(pair[1])))
+    for first, last in leans:
         for up in (None, 0.5, 0.9):
             along = step / 3 if up is None else np.array([0.0, step[1] * up])
-            controls = start + along + 4 / 3 * bow * aside, end - along + 4 / 3 * bow * aside
+            controls = start + along + 4 / 3 * first * aside, end - along + 4 / 3 * last * aside
             points = np.stack([start, *controls, end])
             weights = np.hstack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
             x, y = (weights @ points).T[:, :, None]
