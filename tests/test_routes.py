@@ -130,6 +130,37 @@ def test_cdt_with_biases_left_is_patching_with_patterns_and_scales_held(nb, data
     assert abs(nb["m"].mean() - patched - nb["left_to_rest"][node]) < 2e-3 + 1e-3 * abs(nb["left_to_rest"][node])
 
 
+def test_cdt_is_what_its_authors_code_gives(nb):
+    # Run once on these numbers: prop_linear_core, prop_act and prop_layer_norm of github.com/adelaidehsu/CD_Circuit.
+    rel, rest = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.5, 0.25, -0.75])
+    W, bias = torch.tensor([[1.0, -0.5], [0.25, 2.0], [-1.5, 0.75]]), torch.tensor([0.6, -0.4])
+    theirs = {
+        "linear": ([-2.4465518, -0.9420000], [2.9840518, -1.0204999]),
+        "activation": ([0.5550262, -0.3197148, 1.2877536], [1.3995715, 0.1496754, -0.1700395]),
+        "norm": ([0.0, -1.2923198, 1.2923198], [1.0051376, -0.0717956, -0.9333421]),
+    }
+    act, scale = nb["act"], (rel + rest).var(correction=0).add(1e-5).sqrt()
+    whole = (rel + rest) @ W + bias
+    ours = {
+        "linear": [nb["with_bias"](part @ W, whole, bias, 1) for part in (rel, rest)],
+        "activation": [act(rel + rest) - act(rest), act(rest)],
+        "norm": [(part - part.mean()) / scale for part in (rel, rest)],
+    }
+    for rule, parts in theirs.items():
+        assert torch.allclose(torch.stack(ours[rule]), torch.tensor(parts), atol=1e-5), rule
+
+
+def test_relevance_of_a_neuron_is_what_its_authors_code_gives(nb):
+    # Run once on these numbers: ModifiedAct(gelu, "identity") of github.com/FarnoushRJ/RelP, and its gradient.
+    x = torch.tensor([-2.0, -0.5, 0.3, 1.7], requires_grad=True)
+    (_, keep), (_, hand_back) = nb["in_proportion"](0)
+    keep(x, None)
+    out = hand_back(nb["act"](x), None)
+    (relevance,) = torch.autograd.grad(out.sum(), x)
+    assert torch.allclose(out, torch.tensor([-0.0454023, -0.1542860, 0.1853709, 1.6241059]), atol=1e-5)
+    assert torch.allclose(relevance, torch.tensor([0.0227011, 0.3085714, 0.6179010, 0.9553559]), atol=1e-5)
+
+
 @pytest.mark.parametrize("shared", [0, 1])
 def test_nothing_relevant_brings_nothing(nb, shared):
     part = torch.zeros(1, len(nb["m"]), 3, nb["lm"].cfg.d_model)
