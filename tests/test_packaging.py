@@ -158,13 +158,22 @@ def test_data_path_in_a_clone_and_in_a_wheel(tmp_path, monkeypatch):
             paths.data_path("model", "nothing")
 
 
+def test_no_module_is_ignored():
+    # A file that version control ignores is missing in every clone, and the build backend leaves it out of the wheel.
+    lines = (REPO / ".gitignore").read_text(encoding="utf-8").splitlines()
+    anywhere = {line.strip("/") for line in lines if line.endswith("/") and not line.startswith("/")}
+    rooms = {path.name for path in (REPO / "tclib").rglob("*") if path.is_dir()} - {"__pycache__"}
+    assert not rooms & anywhere
+
+
 @pytest.mark.slow  # fetches the build backend
 def test_wheel_carries_the_data(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), str(REPO)]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("tclib-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "tclib/__init__.py" in names and "tclib/cli/run.py" in names
+    modules = {path.relative_to(REPO).as_posix() for path in (REPO / "tclib").rglob("*.py")}
+    assert modules <= set(names)
     bundled = {f"tclib/{path.relative_to(REPO).as_posix()}" for path in (REPO / "data").rglob("*") if path.is_file()}
     assert bundled <= set(names)
     assert not [name for name in names if name.startswith(("data/", "tests/"))]
