@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tclib.checkpoints import readers
-from tclib.checkpoints.lazy import Stored
 from tclib.checkpoints.clt_reader import circuit_tracer_cross_layer, decoder
+from tclib.checkpoints.lazy import Stored
 
 PAPERS = "the paper's"
 SPARSITY = "_log_feature_sparsity.pt"

@@ -11,15 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.io import hub, safe_files
 from tclib.blocks import Block
 from tclib.checkpoints import readers
 from tclib.checkpoints.detect import FORMATS, SPARSITY, Format, detect, needed
 from tclib.checkpoints.fit import check_fit
 from tclib.checkpoints.lazy import Layers, one_per_layer
+from tclib.io import hub, safe_files
 from tclib.io.memory import check_memory
-from tclib.model import layer_norms, model_folder, model_shapes, pick_device
 from tclib.io.paths import data_path
+from tclib.model import layer_norms, model_folder, model_shapes, pick_device
 
 WORK_TOKENS = 8192
 BUNDLED = {"bundled": "transcoders", "smollm2": "smollm2/plain", "smollm2-skip": "smollm2/skip"}  # folders of data/
