@@ -79,8 +79,8 @@ def memory_plan(
     """What a model and its transcoders need, in GB by part, from the headers of their files; downloads them if need be.
 
     ``while it loads`` is a second copy of the weights; ``work`` an estimate of the largest tables, over so many tokens:
-    once over the vocabulary and 13 times over a layer's features, fitted to notebook 04 at full scale. ``Python`` is what
-    a kernel takes with its libraries alone.
+    once over the vocabulary and 13 times over a layer's features, fitted to notebook 04 at full scale. ``Python`` is
+    what a kernel takes with its libraries alone.
     Transcoders that stay in their files take no memory of their own.
 
     Raises:
