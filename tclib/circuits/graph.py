@@ -89,7 +89,8 @@ def plan(trace: Trace, max_features: int | None = None, targets: int = 10) -> Pl
     further = torch.arange(1, pos + 1)
     steps = sum(int((n * (1 + max(layer - 0.5, 0) * further.to(n))).sum()) for layer, n in by_layer.items())
     steps = steps * rows // max(features, 1) + targets * pos * cfg.n_layers
-    flops = steps * 4 * cfg.d_model * cfg.n_heads * cfg.d_head + width * (rows + targets) * cfg.d_model // 2
+    heads = cfg.n_heads + trace.block(0).W_V.shape[0]  # outputs of all heads, values of those that have their own
+    flops = steps * 2 * cfg.d_model * heads * cfg.d_head + width * (rows + targets) * cfg.d_model // 2
     return Plan(features, rows, nodes, size * (matrices + vectors + chunk), flops)
 
 
