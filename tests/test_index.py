@@ -41,7 +41,6 @@ from tclib.features import (
     search,
     summarise,
 )
-from tclib.training.fast import int8
 from tests import index_worker
 from tests.conftest import REPO
 from tests.tiny import make_model, make_transcoder
@@ -589,14 +588,9 @@ def test_the_bundled_summary_is_of_the_bundled_weights_and_right():
     assert set(ground_truth.truth(labelled)) & set(summary.features["label"].dropna())
 
 
-@pytest.mark.parametrize("way", ["bfloat16", "int8"])
 @pytest.mark.parametrize("activation", ["relu", "jumprelu"])
-def test_screening_finds_what_the_plain_way_finds(activation, way, monkeypatch):
+def test_screening_finds_what_the_plain_way_finds(activation, monkeypatch):
     """Up to pairs at the very edge, where float32 sums in another order decide."""
-    if way == "int8" and not int8.int8_hardware():
-        pytest.skip("this processor or torch has no fast int8")
-    monkeypatch.setattr(active, "int8_hardware", lambda: way == "int8")
-    monkeypatch.setattr(int8, "LOOSE", 9.0)
     transcoder = make_transcoder(0, d_features=512, activation=activation)
     transcoder.b_enc -= 2
     x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
@@ -605,8 +599,6 @@ def test_screening_finds_what_the_plain_way_finds(activation, way, monkeypatch):
     monkeypatch.setattr(active, "bfloat16_hardware", lambda: True)
     screened = active.ActiveFinder(transcoder)
     assert plain.screen is None and screened.screen is not None
-    if way == "int8":
-        screened.screen = {"not": "used"}
     z = []
     for found in (plain(x), screened(x)):
         z.append(np.zeros((300, 512), np.float32))
