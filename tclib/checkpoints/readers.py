@@ -9,7 +9,6 @@ import math
 import re
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
@@ -264,17 +263,6 @@ def gemma_scope(path: Path) -> Stored:
     safe_files.check_shapes(path, shapes, expected_shapes(config))
     names = {name: name for name in shapes}
     return Stored(layer, path, numbers(config), lambda: (config, safe_files.read_npz(path, names)))
-
-
-def frequencies(path: Path) -> Tensor:
-    """How often each feature fires, a fraction of tokens, from a ``_log_feature_sparsity.pt``.
-
-    It holds log10 of the frequency as a tensor, or in later runs a dictionary with ``freqs``; logarithms are known by
-    their sign.
-    """
-    content = safe_files.read_pickle(path)
-    values = safe_files.tensor(path, content if isinstance(content, dict) else {"freqs": content}, "freqs").float()
-    return torch.pow(10.0, values) if (values < 0).any() else values
 
 
 def turned(path: Path, names: dict[str, str], *which: str) -> dict[str, Tensor]:
