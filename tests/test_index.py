@@ -295,16 +295,14 @@ def _seconds(function, built, feature) -> float:
 # --- searching
 
 
-def test_by_token_and_by_positions(built, dense, tokens):
+def test_by_positions(built, dense, tokens):
     on = (tokens.flatten() == 7).numpy()
-    table = search.by_token(built, 0, 7, k=3)
+    table = search.by_positions(built, 0, on, k=3)
     assert table["f1"].is_monotonic_decreasing
     fired = dense[0].numpy() > 0
     hits = (fired & on[:, None]).sum(0)
     f1 = 2 * hits / np.maximum(fired.sum(0) + on.sum(), 1)
     assert np.allclose(table["f1"], np.sort(f1)[::-1][:3])
-    with pytest.raises(ValueError, match="does not occur"):
-        search.by_token(built, 0, 4000)
 
 
 def test_latents(built, dense):
@@ -320,9 +318,7 @@ def test_latents(built, dense):
         search.labels_of(built, 0, feature, truth.iloc[:-1])
 
 
-def test_by_frequency_and_similarity(built, transcoders):
-    table = search.by_frequency(built, 0, low=0.01)
-    assert (table["frequency"] >= 0.01).all() and table["frequency"].is_monotonic_decreasing
+def test_by_similarity(transcoders):
     near = search.by_similarity(transcoders[0], 3, k=4)
     W = torch.nn.functional.normalize(transcoders[0].W_dec, dim=1)
     cosine = W @ W[3]

@@ -130,7 +130,6 @@ def entrances(model, folder) -> dict:
         "evaluate": lambda rows: tc.evaluate(model, transcoders, rows),
         "measure": lambda rows: evaluation.measure(model, transcoders, rows, groups={}),
         "faithfulness": lambda rows: evaluation.faithfulness(model, rows, {}),
-        "cross_entropy": lambda rows: evaluation.cross_entropy(model, rows, []),
         "train": lambda rows: tc.train(model, rows, [0], config),
         "cache": lambda rows: training.cache_activations(model, rows, [0], folder / "cache"),
         "index": lambda rows: build_index(model, transcoders, rows, folder / "index"),
