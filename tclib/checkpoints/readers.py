@@ -65,7 +65,7 @@ def _open_original(path: Path, layer: int) -> tuple[TranscoderConfig, dict[str, 
     t = {name: safe_files.tensor(path, state, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     if t["W_enc"].ndim != 2 or t["W_dec"].ndim != 2:
         raise BadFile(f"{path} has no matrices W_enc and W_dec")
-    is_transcoder = "b_dec_out" in state
+    is_transcoder = "b_dec_out" in dict(state or {})
     d_in, d_features = cfg.d_in or t["W_enc"].shape[0], cfg.d_sae or t["W_enc"].shape[1]
     d_out = (cfg.d_out or t["W_dec"].shape[1]) if is_transcoder else d_in
     config = safe_files.parsed(path, TranscoderConfig, {

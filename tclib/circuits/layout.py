@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import networkx as nx
 
 from tclib.circuits.one_step import BIASES
+from tclib.circuits.path_graph import UNLISTED
 
-UNLISTED = ("error", "bias", "remainder")
 ACROSS = 10.0  # widths of a node: cells with many nodes get several lines, so that a drawing is no wider than a page
 LINE = 0.5  # from one line of a cell to the next; from one level to the next it is 1
 LONGEST = 24  # letters of a label

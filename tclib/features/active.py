@@ -56,19 +56,22 @@ class ActiveFinder:
     def _screened(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         t = self.transcoder
         floor = torch.zeros_like(t.b_enc) if t.threshold is None else t.threshold.clamp(min=0)
+        assert self.screen is not None
         found = Product.of(self.screen(x, self.rows, t.b_enc, floor).sort().values, len(self.rows), len(x))
         values = found.dots(self.rows, x) + t.b_enc[found.feature]
         above = values > floor[found.feature]
-        return tuple(column[above].numpy() for column in (found.token, found.feature, values))
+        return found.token[above].numpy(), found.feature[above].numpy(), values[above].numpy()
 
     def _plain(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        parts = [(np.empty(0, int), np.empty(0, int), np.empty(0))]
+        tokens, features, values = [np.empty(0, int)], [np.empty(0, int)], [np.empty(0)]
         for start in range(0, len(x), CHUNK):
             z = self.transcoder.encode(x[start : start + CHUNK])
             index = nonzero(z)
             token, feature = np.divmod(index.cpu().numpy(), z.shape[1])
-            parts.append((token + start, feature, z.flatten()[index].float().cpu().numpy()))
-        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+            tokens.append(token + start)
+            features.append(feature)
+            values.append(z.flatten()[index].float().cpu().numpy())
+        return np.concatenate(tokens), np.concatenate(features), np.concatenate(values)
 
 
 class _FixedScreen(Screen):

@@ -36,8 +36,9 @@ class Active:
         t, c = self.transcoder, self.config
         if c.activation == "relu":
             return self._above(x, screened, torch.zeros_like(t.b_enc))
-        if c.activation == "jumprelu":
+        if t.threshold is not None and c.activation == "jumprelu":
             return self._above(x, screened, t.threshold - c.bandwidth / 2)
+        assert c.k is not None
         if c.activation == "topk":
             pairs, pre = self._above(x, screened, torch.zeros_like(t.b_enc), c.k)
             return _kept(pairs, pre, pairs.largest(pre, c.k))
