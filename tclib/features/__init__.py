@@ -1,7 +1,8 @@
 """Every feature at once: where each fired and how strongly, from one pass over a text, read in under a millisecond.
 
 The names below build and open an index. Import modules to read it: `feature_activations` (one feature), `search`,
-`connect` (its connections), `dashboard` and `dashboard_figure` (all about one feature).
+`connect` (its connections), `dashboard` and `dashboard_figure` (all about one feature). `naming` gives features names
+that a person can say, without an index.
 """
 
 from tclib.features.build import build_index, merge
