@@ -11,7 +11,7 @@ export TORCH_INDEX
 # exec: make hands SIGTERM to its child alone, which would be a shell.
 TCLIB = exec "$(PYTHON)" -m tclib
 
-.PHONY: run sweep student grade bundle report smollm2 test test-all lint venv lab explore clean
+.PHONY: run sweep student grade bundle report smollm2 test test-all lint docs venv lab explore clean
 
 run:
 	@$(TCLIB) run $(if $(MODEL),--model "$(MODEL)") $(if $(NAME),--name "$(NAME)") $(if $(ONLY),--only "$(ONLY)") $(PARAMS)
@@ -35,7 +35,7 @@ lab:
 explore:
 	@$(TCLIB) explore $(OPTIONS)
 
-test test-all lint venv bundle smollm2:
+test test-all lint docs venv bundle smollm2:
 	@$(TCLIB) $@
 
 # runs/ and build/nbgrader/ hold results and .venv is slow to rebuild: none of them is touched.

@@ -79,7 +79,7 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
     if kind == "gpt_neox" and "glu" in str(config.get("hidden_act")):
         reasons.append("its MLPs are gated")
     if kind not in FAMILIES or reasons:
-        reason = reasons[0] if reasons else _KINDS.get(kind, "its blocks are not the same as theirs")
+        reason = reasons[0] if reasons else _KINDS.get(str(kind), "its blocks are not the same as theirs")
         raise ValueError(f"{where} is a {kind} model: only {SUPPORTED} blocks are supported, and {reason}")
 
 
@@ -134,17 +134,17 @@ class Block:
     def of(cls, model: TransformerBridge, layer: int) -> Block:
         """The block of a layer of a model. The weights are views where no gain comes after them."""
         block, prefix = model.blocks[layer], f"blocks.{layer}"
-        norms = [
+        before, before_mlp, after, after_mlp = (
             Norm.of(getattr(block, name, None), f"{prefix}.{name}") for name in ("ln1", "ln2", "ln1_post", "ln2_post")
-        ]
-        attn, after = block.attn, norms[2]
+        )
+        attn = block.attn
         W_V, W_O = attn.W_V.detach(), attn.W_O.detach()
         b_V, b_O = (None if b is None else b.detach() for b in (attn.b_V, attn.b_O))
         b_V = torch.zeros_like(W_V[:, 0]) if b_V is None else b_V
         b_O = torch.zeros_like(W_O[0, 0]) if b_O is None else b_O
         if after is not None:
             W_O, b_O = after.centre(W_O) * after.gain, after.centre(b_O) * after.gain
-        return cls(*norms, W_V, b_V, W_O, b_O, len(W_O) // len(W_V))
+        return cls(before, before_mlp, after, after_mlp, W_V, b_V, W_O, b_O, len(W_O) // len(W_V))
 
     def per_head(self, values: Tensor, dim: int = 0) -> Tensor:
         """What stands for value heads along a dimension, for each of the query heads."""

@@ -59,7 +59,9 @@ def pullback(trace: Trace, target: Target, layer: int, heads: Sequence[Head] = (
     if layer >= before:
         raise ValueError(f"the features of layer {layer} are written after layer {before} reads")
     readers = reader(trace, target, heads)
-    factors = sum(rows @ _before(trace, at, readers) for at, rows in _writes(transcoder, layer, before))
+    factors = torch.stack([rows @ _before(trace, at, readers) for at, rows in _writes(transcoder, layer, before)]).sum(
+        0
+    )
     return _ranked(factors, "input_invariant")
 
 
@@ -128,7 +130,7 @@ def logit_lens(trace: Trace, layer: int, index: int) -> pd.Series:
     index = trace.feature(layer, index)
     readers = trace.centre("final", 0, (trace.gain("final", 0)[0][:, None] * trace.model.W_U).T)
     writes = _writes(trace.transcoders[layer], layer, trace.model.cfg.n_layers)
-    scores = sum(_before(trace, at, readers) @ rows[index] for at, rows in writes)
+    scores = torch.stack([_before(trace, at, readers) @ rows[index] for at, rows in writes]).sum(0)
     return _ranked(scores - scores.mean(), "logit_lens", _vocabulary(trace.model))
 
 

@@ -220,18 +220,6 @@ def set_features(
     return _changing(layer, transcoder, change, positions)
 
 
-def scale_features(
-    layer: int,
-    transcoder: Transcoder,
-    features: Sequence[int] | Int[Tensor, " changed"],
-    factor: Tensor | float,
-    positions: Positions = EVERYWHERE,
-) -> list[Hook]:
-    """Features fire ``factor`` times as strongly; all else is as in `set_features`."""
-    changed = _feature_mask(transcoder, features)
-    return _changing(layer, transcoder, lambda z: z * changed.to(z.device) * (factor - 1), positions)
-
-
 def _changing(
     layer: int, transcoder: Transcoder, change: Callable[[Tensor], Tensor], positions: Positions
 ) -> list[Hook]:

@@ -131,7 +131,7 @@ def _by_gradient(trace: Trace, target: Target, slopes: dict[str, Tensor], row) -
     if row.kind == "feature":
         return (slope @ transcoder.rows(at - row.layer)[row.feature] * here[row.layer][row.feature]).item()
     return (slope @ {
-        "skip": lambda: x @ transcoder.W_skip,
+        "skip": lambda: x @ transcoder.get_parameter("W_skip"),
         "transcoder_bias": lambda: transcoder.b_dec,
         "error": lambda: out - imitation(trace.transcoders, row.layer, here, x),
     }[row.kind]()).item()  # fmt: skip

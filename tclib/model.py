@@ -142,7 +142,7 @@ def layer_norms(model: TransformerBridge, layers: Sequence[int]) -> dict[int, tu
         ValueError: the model's folder is gone, or has no such layers or no such norm.
     """
     folder = Path(str(model.cfg.model_name))
-    family = FAMILIES[safe_files.read_json(folder / "config.json").get("model_type")]
+    family = FAMILIES[str(safe_files.read_json(folder / "config.json").get("model_type"))]
     found = {name: path for path in weight_files(folder) for name in safe_files.safetensors_shapes(path)}
     result = {}
     if family.norm is None:  # the MLP reads the stream itself

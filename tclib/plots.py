@@ -36,7 +36,7 @@ def source_names(table: pd.DataFrame) -> list[str]:
                 "target_bias": "the target's own bias",
                 "embedding": f"embedding {place}",
                 "position": f"position {row.position}",
-            }[row.kind]
+            }[str(row.kind)]
         )
     return names
 

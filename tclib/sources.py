@@ -224,8 +224,9 @@ def of_mlp(trace: Trace, layer: int) -> Iterator[Source]:
 
 def skip_path(trace: Trace, layer: int, x: Float[Tensor, "pos d_model"], positions: Positions | slice = slice(None)):
     """What a skip transcoder's affine part writes for an input (all positions of it) at some positions."""
-    after = trace.after_mlp(layer)
-    written = _through(after, x[positions] @ trace.transcoders[layer].W_skip)
+    after, W_skip = trace.after_mlp(layer), trace.transcoders[layer].W_skip
+    assert W_skip is not None
+    written = _through(after, x[positions] @ W_skip)
     return written / trace.frozen_scale(after)[positions, None]
 
 

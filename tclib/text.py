@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.chronicle import documents
+from tclib.chronicle import Split, documents
 from tclib.inputs import bos_id
 from tclib.io.paths import data_path, read_text
 
@@ -63,7 +63,7 @@ def load_text(
 
 
 def chronicle(
-    model: TransformerBridge, rows: int, seed: int = 0, split: str = "train", width: int = ROW
+    model: TransformerBridge, rows: int, seed: int = 0, split: Split = "train", width: int = ROW
 ) -> LabelledText:
     """Rows of chronicle prose with the label of each token. Documents are packed with BOS between them."""
     bos, width = bos_id(model), _width(model, width)

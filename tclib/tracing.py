@@ -106,7 +106,7 @@ class Trace:
         return self.block(layer).before_attn if place == "attn_in" else self.block(layer).before_mlp
 
     @cached_property
-    def _final(self) -> Norm:
+    def _final(self) -> Norm | None:
         return Norm.of(self.model.ln_final, "ln_final")
 
     def frozen_scale(self, norm: Norm | None) -> Float[Tensor, " pos"]:
@@ -245,16 +245,16 @@ def check_belongs(model: TransformerBridge, layer: int, transcoder: Transcoder, 
             f"has width {model.cfg.d_model}: they do not belong together"
         )
     found, ours = (config.hook_in, config.hook_out), (hook_in(layer), hook_out(layer))
-    taken = tuple(
+    reads, writes = (
         hook if hook.endswith("mlp.hook_in") and not folded(model, layer) else our_name(hook) for hook in found
     )
-    if taken != ours and not (saes and taken in zip(ours, ours, strict=True)):
+    if (reads, writes) != ours and not (saes and reads == writes and reads in ours):
         where = " and behind LayerNorm's gain and bias, which this model has" * (found[0].endswith(".mlp.hook_in"))
         raise ValueError(
             f"the dictionary of layer {layer} reads {found[0]}{where}, and writes {found[1]}; a transcoder of this "
             f"layer reads {ours[0]} and writes {ours[1]}"
         )
-    for theirs, name in zip(found, taken, strict=True):
+    for theirs, name in zip(found, (reads, writes), strict=True):
         if theirs != name and norm_after(model, layer, theirs) is None:
             said = f"{theirs} of the transcoder of layer {layer} is taken as {name}: the same place"
             warnings.warn(said, stacklevel=3)

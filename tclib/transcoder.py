@@ -67,6 +67,13 @@ class Transcoder(nn.Module):
     value for all, fixed after training). ``W_dec [d_features, n_writes, d_out]`` in a cross-layer transcoder.
     """
 
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    W_skip: Tensor | None
+    threshold: Tensor | None
+
     def __init__(self, config: TranscoderConfig):
         super().__init__()
         self.config = config
@@ -111,7 +118,7 @@ class Transcoder(nn.Module):
         """The nonlinearity alone: which pre-activations become activations."""
         z = torch.relu(pre)
         if self.config.activation == "topk":
-            values, index = z.topk(self.config.k, dim=-1)
+            values, index = z.topk(self.config.k or 0, dim=-1)
             return torch.zeros_like(z).scatter(-1, index, values)
         if self.threshold is not None:
             return z * (pre > self.threshold)

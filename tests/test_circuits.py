@@ -2,6 +2,7 @@
 
 import copy
 import html.parser
+import json
 import math
 import xml.etree.ElementTree as ElementTree
 
@@ -17,12 +18,10 @@ import tclib as tc
 from tclib import targets
 from tclib.attribution import UnbalancedError
 from tclib.circuits import difference, drawing, graph_files, layout
-from tclib.circuits.graph import build_graph
 from tclib.circuits.one_step import Node, prompt_graph
 from tclib.circuits.path_bounds import suffix_bounds
 from tclib.circuits.path_graph import check_flows, merge
 from tclib.circuits.path_search import PathFilter, best_first, greedy
-from tclib.circuits.pruning import to_networkx
 from tclib.ui import circuit_page
 from tests.tiny import make_model, make_transcoder
 
@@ -337,20 +336,19 @@ def test_the_page_needs_no_scripts_and_no_network(circuit, tmp_path):
 def test_files_keep_everything(circuit, tmp_path, ending):
     path = tmp_path / f"circuit{ending}"
     graph_files.save_graph(circuit, path)
-    back = graph_files.load_graph(path)
+    if ending == ".json":
+        back = nx.node_link_graph(json.loads(path.read_text(encoding="utf-8")), edges="edges")
+    else:
+        back = nx.read_graphml(path)
+        back.graph["tokens"] = json.loads(back.graph["tokens"])
     assert dict(back.nodes(data=True)) == dict(circuit.nodes(data=True))
     assert {e: back.edges[e]["weight"] for e in back.edges} == {e: circuit.edges[e]["weight"] for e in circuit.edges}
     assert back.graph["tokens"] == circuit.graph["tokens"]
-    path.write_text(path.read_text(encoding="utf-8")[:-40], encoding="utf-8")
-    with pytest.raises(ValueError, match="damaged"):
-        graph_files.load_graph(path)
 
 
 def test_other_file_endings_are_refused(circuit, tmp_path):
     with pytest.raises(ValueError, match="neither .graphml nor .json"):
         graph_files.save_graph(circuit, tmp_path / "circuit.pkl")
-    with pytest.raises(ValueError, match="neither .graphml nor .json"):
-        graph_files.load_graph(tmp_path / "circuit.pkl")
 
 
 def test_a_diff_accounts_for_the_change_of_the_target(models):
@@ -367,14 +365,4 @@ def test_a_diff_accounts_for_the_change_of_the_target(models):
     assert not difference.diff(circuits[0], circuits[0])["change"].any()
     ax = difference.diff_figure(table, "a title", ("one", "other"), top=5)
     assert len(ax.get_yticklabels()) == 5
-    plt.close(ax.figure)
-
-
-def test_all_paths_graphs_are_drawn_too(models):
-    graph = build_graph(make_trace(models, 3, 0, 4))
-    circuit = layout.from_graph(to_networkx(graph))
-    assert len(circuit) == len(graph.nodes)
-    assert circuit.number_of_edges() == int((graph.adjacency != 0).sum())
-    ElementTree.fromstring(circuit_page.circuit_svg(circuit, 20))
-    ax = drawing.circuit_figure(circuit, "all paths", 20)
     plt.close(ax.figure)

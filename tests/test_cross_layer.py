@@ -191,10 +191,7 @@ def test_a_clamped_feature_is_changed_in_all_its_writes(models):
         change = y[0] - trace.cache[hook_out(layer)]
         torch.testing.assert_close(change[WORDS], -z * trace.transcoders[0].rows(layer)[feature])
         assert not change[:WORDS].any()
-    doubled = interventions.run(
-        trace.model, trace.tokens[None], interventions.scale_features(0, trace.transcoders[0], [feature], 2.0)
-    )
-    assert logits.isfinite().all() and doubled.isfinite().all()
+    assert logits.isfinite().all()
 
 
 def test_replacing_mlps(models):

@@ -2,9 +2,12 @@
 
 import re
 
+import pytest
+
 import tclib as tc
 from tclib import attribution, connections, evaluation, factorisation, interventions, linearity, targets
-from tests.conftest import REPO
+from tclib.cli import site
+from tests.conftest import COMMITTED, REPO
 from tests.tiny import make_model, make_transcoder
 from tools import library_map
 
@@ -49,3 +52,27 @@ def test_functions_on_the_page_exist():
     }.items():
         for name in names:
             assert name in PAGE and callable(getattr(module, name))
+
+
+@pytest.mark.slow
+def test_the_site_has_every_notebook_and_needs_no_network():
+    assert site.docs([]) == 0
+    pages = REPO / "build" / "site"
+    contents = (pages / site.FIRST).read_text(encoding="utf-8")
+    for path in COMMITTED:
+        assert f"notebooks/{path.stem}.html" in contents
+        assert (pages / "notebooks" / f"{path.stem}.html").is_file()
+    for page in pages.rglob("*.html"):
+        loaded = re.findall(r'<(?:script|img|link|iframe)[^>]+(?:src|href)="(https?:[^"]*)', page.read_text("utf-8"))
+        assert not loaded, page
+
+
+@pytest.mark.slow
+def test_a_dead_link_stops_the_site(tmp_path):
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "index.md"
+    page.write_text("# A page\n\n[a heading](#a-page)\n", encoding="utf-8")
+    assert site.docs([], tmp_path) == 0
+    for link in ("../missing.md", "#no-heading", "missing.ipynb"):
+        page.write_text(f"# A page\n\n[dead]({link})\n", encoding="utf-8")
+        assert site.docs([], tmp_path) != 0, link

@@ -73,7 +73,7 @@ def test_replacement_against_logits(model, transcoders, tokens):
     log_p, log_q = (run(model, tokens, h)[:, :-1].log_softmax(-1).double() for h in ([], hooks))
     targets = tokens[:, 1:]
     keep = targets != BOS
-    table = evaluation.replacement(model, transcoders, tokens, batch_size=5).set_index("layer")
+    table = evaluation.measure(model, transcoders, tokens, batch_size=5).groups.set_index("layer")
     assert list(table.index) == [0, 1, 2, "up to 1", "all"]
     row = table.loc["up to 1"]
     assert row["ce"] == pytest.approx(-log_p.gather(-1, targets[..., None])[..., 0][keep].mean().item(), rel=1e-5)
@@ -90,7 +90,7 @@ def test_one_pass_agrees_with_its_parts(model, transcoders, tokens, measured):
     pd.testing.assert_frame_equal(plain, evaluation.reconstruction(model, transcoders, tokens, batch_size=5), rtol=1e-6)
     both = evaluation.evaluate(model, transcoders, tokens)
     assert list(both["layer"]) == [0, 1, 2] and {"l0", "kl", "recovered"} <= set(both)
-    zero = evaluation.cross_entropy(model, tokens, ablate_mlp(1))
+    zero = evaluation.faithfulness(model, tokens, {"edited": ablate_mlp(1)})["ce"].iloc[1]
     assert both["ce_zero"][1] == pytest.approx(zero, rel=1e-6)
 
 
@@ -99,7 +99,7 @@ def test_a_perfect_transcoder_loses_nothing_and_zero_recovers_nothing(model, tok
     nothing = make_transcoder(0)
     for parameter in nothing.parameters():
         parameter.zero_()
-    row = evaluation.replacement(model, {0: nothing}, tokens).iloc[0]
+    row = evaluation.measure(model, {0: nothing}, tokens).groups.iloc[0]
     assert row["recovered"] == pytest.approx(0, abs=1e-5) and row["kl"] > 0
     identity = tc.Transcoder(
         make_transcoder(1, d_features=64).config.model_copy(

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import tclib as tc
-from tclib.checkpoints import load_frequencies
 from tclib.io import safe_files
 from tests import foreign
 from tests.tiny import make_model, make_transcoder
@@ -243,16 +242,6 @@ def test_configurations_that_do_not_fit(tmp_path, cfg):
 def test_a_stub_with_a_setstate_of_its_own_runs_nothing(tmp_path):
     original(tmp_path, cfg={"__setstate__": 1, "__class__": 2, "__reduce__": 3})
     tc.load_transcoders(tmp_path, device="cpu")  # attributes, nothing more
-
-
-def test_frequencies_are_guarded_too(tmp_path):
-    original(tmp_path)
-    (tmp_path / "final_sparse_autoencoder_x_log_feature_sparsity.pt").write_bytes(b"x")
-    with pytest.raises(ValueError, match="not a zip archive"):
-        load_frequencies(tmp_path)
-    torch.save({"freqs": Runs()}, tmp_path / "final_sparse_autoencoder_x_log_feature_sparsity.pt")
-    with pytest.raises(ValueError, match="asks to run"):
-        load_frequencies(tmp_path)
 
 
 # safetensors: in SAELens', circuit-tracer's, sparsify's and our own folders

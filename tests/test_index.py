@@ -41,7 +41,6 @@ from tclib.features import (
     search,
     summarise,
 )
-from tclib.training.fast import int8
 from tests import index_worker
 from tests.conftest import REPO
 from tests.tiny import make_model, make_transcoder
@@ -296,16 +295,14 @@ def _seconds(function, built, feature) -> float:
 # --- searching
 
 
-def test_by_token_and_by_positions(built, dense, tokens):
+def test_by_positions(built, dense, tokens):
     on = (tokens.flatten() == 7).numpy()
-    table = search.by_token(built, 0, 7, k=3)
+    table = search.by_positions(built, 0, on, k=3)
     assert table["f1"].is_monotonic_decreasing
     fired = dense[0].numpy() > 0
     hits = (fired & on[:, None]).sum(0)
     f1 = 2 * hits / np.maximum(fired.sum(0) + on.sum(), 1)
     assert np.allclose(table["f1"], np.sort(f1)[::-1][:3])
-    with pytest.raises(ValueError, match="does not occur"):
-        search.by_token(built, 0, 4000)
 
 
 def test_latents(built, dense):
@@ -321,9 +318,7 @@ def test_latents(built, dense):
         search.labels_of(built, 0, feature, truth.iloc[:-1])
 
 
-def test_by_frequency_and_similarity(built, transcoders):
-    table = search.by_frequency(built, 0, low=0.01)
-    assert (table["frequency"] >= 0.01).all() and table["frequency"].is_monotonic_decreasing
+def test_by_similarity(transcoders):
     near = search.by_similarity(transcoders[0], 3, k=4)
     W = torch.nn.functional.normalize(transcoders[0].W_dec, dim=1)
     cosine = W @ W[3]
@@ -589,14 +584,9 @@ def test_the_bundled_summary_is_of_the_bundled_weights_and_right():
     assert set(ground_truth.truth(labelled)) & set(summary.features["label"].dropna())
 
 
-@pytest.mark.parametrize("way", ["bfloat16", "int8"])
 @pytest.mark.parametrize("activation", ["relu", "jumprelu"])
-def test_screening_finds_what_the_plain_way_finds(activation, way, monkeypatch):
+def test_screening_finds_what_the_plain_way_finds(activation, monkeypatch):
     """Up to pairs at the very edge, where float32 sums in another order decide."""
-    if way == "int8" and not int8.int8_hardware():
-        pytest.skip("this processor or torch has no fast int8")
-    monkeypatch.setattr(active, "int8_hardware", lambda: way == "int8")
-    monkeypatch.setattr(int8, "LOOSE", 9.0)
     transcoder = make_transcoder(0, d_features=512, activation=activation)
     transcoder.b_enc -= 2
     x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
@@ -605,8 +595,6 @@ def test_screening_finds_what_the_plain_way_finds(activation, way, monkeypatch):
     monkeypatch.setattr(active, "bfloat16_hardware", lambda: True)
     screened = active.ActiveFinder(transcoder)
     assert plain.screen is None and screened.screen is not None
-    if way == "int8":
-        screened.screen = {"not": "used"}
     z = []
     for found in (plain(x), screened(x)):
         z.append(np.zeros((300, 512), np.float32))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +20,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-import tclib as tc
 from making.sweep import LARGER
 from tclib.checkpoints import save_transcoders
 from tclib.cli import sweep as command
@@ -379,26 +376,6 @@ def test_a_real_run(tiny, tmp_path, threads):
     fixed = {"model": [names["model"]], "text": [names["text"]], "d_features": [32], "steps": [6], "rows": [2]}
     found = sweeps.sweep({**fixed, "activation": ["topk"], "k": [4]}, tmp_path / "out", cluster=threads).iloc[0]
     assert found["reason"] is None and found["l0"] <= 4 and found["fvu"] > 0 and 0 <= found["top1"] <= 1
-
-
-def test_a_sharded_index_has_the_bytes_of_a_single_one(tiny, tmp_path, threads):
-    model, names = tiny
-    text = {"text": names["text"], "rows": 70}
-    pieces = sweeps.build_index_sharded(tmp_path / "pieces", 3, **names | text, cluster=threads)
-    tokens = tc.load_text(model, names["text"], 70)
-    from tclib.features import build_index
-
-    build_index(model, tc.load_transcoders(names["transcoders"], device="cpu"), tokens, tmp_path / "single")
-    files = sorted(path.name for path in (tmp_path / "single").iterdir())
-    assert sorted(path.name for path in (tmp_path / "pieces").iterdir()) == files
-    assert filecmp.cmpfiles(tmp_path / "single", tmp_path / "pieces", files, shallow=False) == (files, [], [])
-    assert not (tmp_path / "pieces.shards").exists()
-    assert pieces.about == sweeps.build_index_sharded(tmp_path / "pieces", 2, **names | text, cluster=threads).about
-    with pytest.raises(ValueError, match="was made from text"):
-        sweeps.build_index_sharded(tmp_path / "pieces", 2, **names | text | {"rows": 60}, cluster=threads)
-    with pytest.raises(ValueError, match="9 shards of 70 rows"):
-        sweeps.build_index_sharded(tmp_path / "more", 9, **names | text, cluster=threads)
-    shutil.rmtree(tmp_path / "pieces")
 
 
 # What is bundled

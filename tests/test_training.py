@@ -71,10 +71,10 @@ def test_a_transcoder_that_writes_nothing_recovers_nothing(model, tokens):
     nothing = make_transcoder(0)
     for parameter in nothing.parameters():
         parameter.zero_()
-    table = evaluation.replacement(model, {0: nothing}, tokens[:8])
+    table = evaluation.measure(model, {0: nothing}, tokens[:8]).groups
     assert table["recovered"][0] == pytest.approx(0, abs=1e-5)
     assert list(table["layer"]) == [0, "all"]
-    assert evaluation.cross_entropy(model, tokens[:8], []) == pytest.approx(table["ce"][0])
+    assert evaluation.faithfulness(model, tokens[:8], {"edited": []})["ce"].iloc[1] == pytest.approx(table["ce"][0])
 
 
 def test_side_by_side_is_as_alone(model, tokens, trained):

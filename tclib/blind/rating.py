@@ -17,6 +17,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from tclib.blind.rules import Words
+from tclib.evaluation.metrics import LIVE
 from tclib.io.paths import read_text, write_whole
 from tclib.plots import highlighted
 
@@ -24,7 +25,6 @@ RATINGS = ("interpretable", "maybe", "not")
 NOT_RATED = "not rated"
 COLUMNS = ["item", "rater", "rating", "context_free"]
 STEPS = 4
-LIVE = 1e-4  # fires on more than one token in 10,000 (paper)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def read_ratings(path: str | Path) -> pd.DataFrame:
     """
     ratings = pd.read_csv(io.StringIO(read_text(Path(path))), dtype=str, keep_default_na=False)
     if list(ratings) != COLUMNS:
-        raise ValueError(f"{path} has columns {', '.join(ratings)}; a rating sheet has {', '.join(COLUMNS)}")
+        raise ValueError(f"{path} has columns {', '.join(map(str, ratings))}; a rating sheet has {', '.join(COLUMNS)}")
     allowed = {"rating": (*RATINGS, NOT_RATED), "context_free": ("yes", "no", NOT_RATED)}
     for column, values in allowed.items():
         wrong = sorted(set(ratings[column]) - set(values))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_, or_
 
 import numpy as np
 import pandas as pd
@@ -177,14 +179,8 @@ def parse(line: str) -> Rule:
     Raises:
         ValueError: a clause that is none of these.
     """
-    whole = None
-    for alternative in line.split(" || "):
-        rule = None
-        for clause in alternative.split(" && "):
-            part = _clause(clause)
-            rule = part if rule is None else rule & part
-        whole = rule if whole is None else whole | rule
-    return whole
+    clauses = [map(_clause, alternative.split(" && ")) for alternative in line.split(" || ")]
+    return reduce(or_, (reduce(and_, alternative) for alternative in clauses))
 
 
 def _clause(clause: str) -> Rule:
@@ -192,7 +188,7 @@ def _clause(clause: str) -> Rule:
         return ~_clause(clause.lstrip()[1:])
     clause = re.sub(r"^(\s*)latent: ", r"\1label: ", clause)  # the older name
     match = re.match(r"\s*(tokens|before|regex|label)(?:@([+-]?\d+)| (\d+))?: (.+)", clause, re.DOTALL)
-    kind, offset, within, body = match.groups() if match else (None,) * 4
+    kind, offset, within, body = match.groups("") if match else ("",) * 4
     if kind == "tokens" and not within:
         return Tokens(*body.split("|"), offset=int(offset or 0))
     if kind == "before" and within:

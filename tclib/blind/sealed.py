@@ -254,12 +254,14 @@ class Seal:
     def _tip(self, traced: Trace, target: Target, nodes: Sequence[Node], top: int = 6) -> list[str]:
         """What the route's last feature, or the target, reads through the heads behind it."""
         last = max((i for i, node in enumerate(nodes) if node.kind == "feature"), default=-1)
-        heads = [(node.layer, node.head) for node in nodes[last + 1 :]]
-        reads = target if last < 0 else targets.feature(traced, nodes[last].layer, nodes[last].feature)
+        heads = [(node.layer or 0, node.head or 0) for node in nodes[last + 1 :]]
+        reads = target
+        if last >= 0:
+            reads = targets.feature(traced, nodes[last].layer or 0, nodes[last].feature or 0)
         return connections.de_embed(traced, reads, heads).index[:top].tolist()
 
 
 def _offset(node: Node, here: int) -> str:
-    if node.position == 0:
+    if not node.position:
         return node._replace(position=None).name + "@start"
     return node._replace(position=node.position - here).name

@@ -5,12 +5,11 @@ function for each, `lazy` leaves large layers in their files, `save` writes and 
 """
 
 from tclib.checkpoints.fit import check_fit
-from tclib.checkpoints.load import load_frequencies, load_transcoders, memory_plan
+from tclib.checkpoints.load import load_transcoders, memory_plan
 from tclib.checkpoints.save import save_transcoders
 
 __all__ = [
     "check_fit",
-    "load_frequencies",
     "load_transcoders",
     "memory_plan",
     "save_transcoders",

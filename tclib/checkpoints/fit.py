@@ -104,7 +104,7 @@ def _cause(model: TransformerBridge, layer: int, t: Transcoder, x: dict[int, Ten
     except ValueError:  # a model without a folder
         pass
     values = {cause: unexplained(*pair) for cause, pair in fits.items()}
-    best = min(values, key=values.get)
+    best = min(values, key=values.__getitem__)
     if values[best] < BAD:
         return f"{best} ({values[best]:.2f})"
     return OTHER

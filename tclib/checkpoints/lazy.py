@@ -54,7 +54,7 @@ class Stored:
         W_enc, W_skip = tensors["W_enc"], tensors.get("W_skip")
         if b_in is not None:
             tensors["b_enc"] = tensors["b_enc"] - (b_in @ W_enc).to(tensors["b_enc"])
-        if self.after_norm:
+        if self.after_norm and norm is not None:
             gain, bias = (part.to(W_enc) for part in norm)
             tensors["b_enc"] = tensors["b_enc"] + bias @ W_enc
             tensors["W_enc"] = gain[:, None] * W_enc

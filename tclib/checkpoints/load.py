@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.blocks import Block
 from tclib.checkpoints import readers
-from tclib.checkpoints.detect import FORMATS, SPARSITY, Format, detect, needed
+from tclib.checkpoints.detect import FORMATS, Format, detect, needed
 from tclib.checkpoints.fit import check_fit
 from tclib.checkpoints.lazy import Layers, one_per_layer
 from tclib.io import hub, safe_files
@@ -65,8 +63,8 @@ def load_transcoders(
         norms = layer_norms(model, list(stored))
     if copied := sum(layer.copied_bytes(place, dtype) for layer in stored.values()):
         check_memory({"transcoders": copied}, place)
-    known = [layer for layer in stored if layer < model.cfg.n_layers] if model is not None else []
-    to_stream = [layer for layer in known if Block.of(model, layer).after_mlp is None]
+    known = [layer for layer in stored if model is not None and layer < model.cfg.n_layers]
+    to_stream = [layer for layer in known if model is not None and Block.of(model, layer).after_mlp is None]
     layers = Layers(stored, place, dtype, norms, to_stream)
     if model is not None:
         check_fit(model, layers)
@@ -103,26 +101,8 @@ def memory_plan(
     return check_memory(needs, place)
 
 
-def load_frequencies(where: str | Path) -> dict[int, Float[Tensor, " d_features"]]:
-    """How often each feature of the paper's checkpoints fires, a fraction of tokens, by layer.
-
-    Raises:
-        ValueError: as for `load_transcoders`, or no ``_log_feature_sparsity.pt`` beside them.
-    """
-    kind, files = _find(where)
-    result = {}
-    for path in files:
-        beside = path.with_name(path.stem + SPARSITY)
-        if not beside.is_file():
-            raise ValueError(
-                f"{beside.name} is missing in {path.parent}: only the paper's checkpoints bring frequencies"
-            )
-        result[kind.open(path).layer] = readers.frequencies(beside)
-    return dict(sorted(result.items()))
-
-
 def _find(where: str | Path) -> tuple[Format, list[Path]]:
-    path = data_path(BUNDLED[where]) if where in BUNDLED else Path(where)
+    path = data_path(BUNDLED[str(where)]) if where in BUNDLED else Path(where)
     if path.is_dir():
         depth = len(path.parts)
         inside = [p for p in path.rglob("*") if len(p.parts) - depth <= DEEPEST and p.is_file()]

@@ -9,7 +9,6 @@ import math
 import re
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
@@ -66,7 +65,7 @@ def _open_original(path: Path, layer: int) -> tuple[TranscoderConfig, dict[str, 
     t = {name: safe_files.tensor(path, state, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     if t["W_enc"].ndim != 2 or t["W_dec"].ndim != 2:
         raise BadFile(f"{path} has no matrices W_enc and W_dec")
-    is_transcoder = "b_dec_out" in state
+    is_transcoder = "b_dec_out" in dict(state or {})
     d_in, d_features = cfg.d_in or t["W_enc"].shape[0], cfg.d_sae or t["W_enc"].shape[1]
     d_out = (cfg.d_out or t["W_dec"].shape[1]) if is_transcoder else d_in
     config = safe_files.parsed(path, TranscoderConfig, {
@@ -264,17 +263,6 @@ def gemma_scope(path: Path) -> Stored:
     safe_files.check_shapes(path, shapes, expected_shapes(config))
     names = {name: name for name in shapes}
     return Stored(layer, path, numbers(config), lambda: (config, safe_files.read_npz(path, names)))
-
-
-def frequencies(path: Path) -> Tensor:
-    """How often each feature fires, a fraction of tokens, from a ``_log_feature_sparsity.pt``.
-
-    It holds log10 of the frequency as a tensor, or in later runs a dictionary with ``freqs``; logarithms are known by
-    their sign.
-    """
-    content = safe_files.read_pickle(path)
-    values = safe_files.tensor(path, content if isinstance(content, dict) else {"freqs": content}, "freqs").float()
-    return torch.pow(10.0, values) if (values < 0).any() else values
 
 
 def turned(path: Path, names: dict[str, str], *which: str) -> dict[str, Tensor]:

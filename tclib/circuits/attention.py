@@ -193,8 +193,8 @@ def _scores(trace: Trace, layer: int, head: int, keys: Tensor, here: int) -> Flo
     """The model's own scores; where it caps them, those before that are not among its hooks and made anew."""
     if not Cap.of(trace).at:
         return trace.cache[f"blocks.{layer}.attn.hook_attn_scores"][head, here, keys]
-    query, vectors = (read(trace, layer, head, side, at) for side, at in (("query", keys[-1:]), ("key", keys)))
-    return vectors @ query[0] * score_scale(trace, layer)
+    query, vectors = read(trace, layer, head, "query", keys[-1:])[0], read(trace, layer, head, "key", keys)
+    return vectors @ query * score_scale(trace, layer)
 
 
 def _check(name: str, q: Tensor, k: Tensor, value: float, rounding: float) -> None:

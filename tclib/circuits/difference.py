@@ -37,7 +37,7 @@ def diff_figure(table: pd.DataFrame, title: str, names: tuple[str, str], top: in
     if ax is None:
         _, ax = plt.subplots(figsize=(8, 0.32 * len(table) + 1.4), layout="constrained")
     heights = np.arange(len(table))
-    colors = np.where(table["change"] > 0, POSITIVE, NEGATIVE)
+    colors = np.where(table["change"] > 0, POSITIVE, NEGATIVE).tolist()
     ax.hlines(heights, table["before"], table["after"], colors=colors, linewidth=2)
     ax.scatter(table["before"], heights, facecolors="white", edgecolors=colors, zorder=3, label=names[0])
     ax.scatter(table["after"], heights, c=colors, marker="D", zorder=3, label=names[1])

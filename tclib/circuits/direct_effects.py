@@ -53,7 +53,8 @@ class Readers:
         """One reader per feature, in order; ``features`` has layer, position and feature, and is sorted by layer."""
         none = trace.tokens[:0]
         parts = [cls(trace.residual("final", 0)[:0], none, none, trace.like[:0, 0], trace.like[:0, 0])]
-        for layer, table in features.groupby("layer"):
+        for layer in features["layer"].unique().tolist():
+            table = features[features["layer"] == layer]
             transcoder = trace.transcoders[layer]
             index = torch.tensor(table["feature"].tolist(), device=trace.like.device)
             positions = torch.tensor(table["position"].tolist(), device=trace.like.device)
@@ -229,7 +230,8 @@ def influence_of_columns(
     The last source is the bias and takes no share.
     """
     share = shares(torch.cat([effects[:, :-1], torch.zeros_like(effects[:, -1:])], 1))
-    total, current = 0, weights @ share[len(known) :]
+    current = weights @ share[len(known) :]
+    total = torch.zeros_like(current)
     while current.any():
         total = total + current
         current = current[known] @ share[: len(known)]

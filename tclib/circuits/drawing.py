@@ -49,8 +49,10 @@ def circuit_figure(circuit: nx.DiGraph, title: str, top: int = 30, ax: Axes | No
     ax.grid(False)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    signs = (POSITIVE, "-", f"excites (widest: {largest:.2f})"), (NEGATIVE, "--", "inhibits")
-    keys = [Line2D([], [], color=color, linestyle=style, linewidth=2, label=text) for color, style, text in signs]
+    keys = [
+        Line2D([], [], color=POSITIVE, linestyle="-", linewidth=2, label=f"excites (widest: {largest:.2f})"),
+        Line2D([], [], color=NEGATIVE, linestyle="--", linewidth=2, label="inhibits"),
+    ]
     ax.legend(handles=keys, loc="upper left", fontsize=8)
     return ax
 

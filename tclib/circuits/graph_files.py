@@ -10,7 +10,7 @@ from pathlib import Path
 
 import networkx as nx
 
-from tclib.io.paths import read_text, write_whole
+from tclib.io.paths import write_whole
 
 _NOT_XML = re.compile(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -47,23 +47,3 @@ def _texts(circuit: nx.DiGraph) -> Iterator[str]:
     for *_, attributes in circuit.edges(data=True):
         yield from (text for text in attributes.values() if isinstance(text, str))
     yield from (text for text in circuit.graph.values() if isinstance(text, str))
-
-
-def load_graph(path: str | Path) -> nx.DiGraph:
-    """Read what `save_graph` wrote.
-
-    Raises:
-        ValueError: another ending, or a damaged file.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".graphml":
-            circuit = nx.read_graphml(path)
-            if "tokens" in circuit.graph:
-                circuit.graph["tokens"] = json.loads(circuit.graph["tokens"])
-            return circuit
-        if path.suffix == ".json":
-            return nx.node_link_graph(json.loads(read_text(path)), edges="edges")
-    except (json.JSONDecodeError, KeyError, nx.NetworkXError, SyntaxError) as error:
-        raise ValueError(f"{path.name} is damaged: {error}") from error
-    raise ValueError(f"{path.name} ends in neither .graphml nor .json: choose one of the two")

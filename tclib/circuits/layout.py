@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import networkx as nx
 
 from tclib.circuits.one_step import BIASES
+from tclib.circuits.path_graph import UNLISTED
 
-UNLISTED = ("error", "bias", "remainder")
 ACROSS = 10.0  # widths of a node: cells with many nodes get several lines, so that a drawing is no wider than a page
 LINE = 0.5  # from one line of a cell to the next; from one level to the next it is 1
 LONGEST = 24  # letters of a label
@@ -130,28 +130,3 @@ def _level_name(level: tuple[float, int]) -> str:
     if layer in (-1, float("inf")):
         return "embedding" if layer == -1 else "target"
     return f"{'mlp' if part else 'attn'}{layer}"
-
-
-def from_graph(graph: nx.DiGraph) -> nx.DiGraph:
-    """An all-paths graph, as `tclib.circuits.pruning.to_networkx` gives it, in the form of these views.
-
-    Nodes get names, and as ``contribution`` a target's value, or the sum of the effects on others.
-    """
-    circuit = nx.DiGraph()
-    names = {}
-    for node, row in graph.nodes(data=True):
-        kept = {key: row[key] for key in ("kind", "token") if key in row}
-        kept |= {key: int(row[key]) for key in ("layer", "position", "feature") if key in row}
-        names[node] = row["name"] if kept["kind"] == "target" else _graph_name(kept)
-        value = row["value"] if kept["kind"] == "target" else graph.out_degree(node, weight="weight")
-        circuit.add_node(names[node], **kept, contribution=value)
-    for source, reader, weight in graph.edges(data="weight"):
-        circuit.add_edge(names[source], names[reader], weight=weight)
-    return circuit
-
-
-def _graph_name(row: dict) -> str:
-    part = f"mlp{row['layer']}" if "layer" in row else ""
-    part += f"[{row['feature']}]" if "feature" in row else ""
-    kind = "" if row["kind"] in ("feature", "mlp") else row["kind"]
-    return f"{part} {kind}".strip() + (f"@{row['position']}" if "position" in row else "")

@@ -237,5 +237,6 @@ def prompt_graph(trace: Trace) -> PromptGraph:
         writes[where] = rows
     counts = torch.bincount(positions, minlength=len(trace.tokens))
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    columns = (column[order] for column in (stages, layers, kinds, indices, activations))
-    return PromptGraph(trace, writes, *columns, starts, torch.stack(moved), torch.stack(patterns))
+    stages, layers, kinds, indices, activations = (c[order] for c in (stages, layers, kinds, indices, activations))
+    heads = torch.stack(moved), torch.stack(patterns)
+    return PromptGraph(trace, writes, stages, layers, kinds, indices, activations, starts, *heads)

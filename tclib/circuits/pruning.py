@@ -117,8 +117,8 @@ def to_networkx(graph: Graph) -> nx.DiGraph:
         raise ValueError(f"the graph has {len(rows)} edges, more than {MOST_EDGES}: prune it first")
     result = nx.DiGraph()
     sums = graph.adjacency.sum(1, dtype=torch.float64).tolist()
-    for index, node in graph.nodes.iterrows():
-        known = {name: value for name, value in node.items() if not pd.isna(value)}
+    for index, node in enumerate(graph.nodes.to_dict("records")):
+        known = {str(name): value for name, value in node.items() if not pd.isna(value)}
         balance = {"balance": sums[index] - node["value"]} if "value" in known else {}
         result.add_node(index, **known, **balance)
     weights = graph.adjacency[rows, columns].tolist()

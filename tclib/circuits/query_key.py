@@ -35,7 +35,8 @@ class Collected:
         self.M = trace.centre("attn_in", layer, (reads.W * gain[:, None]).T).T  # centring moved to what reads
         over = 1 / reads.scale[positions]
         amounts_over = over / trace.scale("attn_in", layer)[positions]
-        self.rows, self.owner, self.projected, self.amounts = [], [], [], []
+        self.rows: list[dict] = []
+        self._parts: list[tuple[list[int], Tensor, Tensor]] = []
         here = int(positions[0]) if len(positions) == 1 else None
         for source in sources(trace, 2 * layer):
             items = source.items(positions)
@@ -54,8 +55,9 @@ class Collected:
         )
         table["token"] = [None if p is pd.NA else trace.token_strings[p] for p in table["position"]]
         self.table = table
-        self.projected, self.amounts = torch.cat(self.projected), torch.cat(self.amounts)
-        self.owner = torch.tensor(self.owner, device=positions.device)
+        owners, projected, amounts = zip(*self._parts, strict=True)
+        self.projected, self.amounts = torch.cat(projected), torch.cat(amounts)
+        self.owner = torch.tensor([row for rows in owners for row in rows], device=positions.device)
 
     def vectors(self, weights: Float[Tensor, " pos"]) -> Float[Tensor, "source d_head"]:
         """The sources' parts of the query or key, summed over positions with these weights."""
@@ -71,10 +73,9 @@ class Collected:
     def _add(self, rows: list[dict], projected: Tensor, amounts: Tensor) -> None:
         """One row per entry, or one row for all of them."""
         first = len(self.rows)
-        self.owner += range(first, first + len(rows)) if len(rows) == len(projected) else [first] * len(projected)
+        owner = [first + i if len(rows) == len(projected) else first for i in range(len(projected))]
         self.rows += rows
-        self.projected.append(projected)
-        self.amounts.append(amounts)
+        self._parts.append((owner, projected, amounts))
 
 
 class Rotation:

@@ -11,8 +11,9 @@ et al. 2025) leaves the writes alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -62,7 +63,7 @@ def compare(
     rows = [
         {"layer": e.layer, "position": e.position, "feature": e.feature, "target": t.name}
         | {"predicted": predicted[i, k].item(), "measured": measured[i, k].item()}
-        for i, e in enumerate(_checked(trace, edits).itertuples())
+        for i, e in enumerate(_rows(trace, edits))
         for k, t in enumerate(targets)
         if e.layer < t.layer and e.position <= t.position and (e.position == t.position or "values" not in frozen)
     ]
@@ -163,8 +164,12 @@ def _checked(trace: Trace, edits: pd.DataFrame) -> pd.DataFrame:
     return edits.astype({"layer": int, "position": int, "feature": int})
 
 
+def _rows(trace: Trace, edits: pd.DataFrame) -> Iterator[Any]:
+    yield from _checked(trace, edits).itertuples()
+
+
 def _old(trace: Trace, edits: pd.DataFrame) -> Float[Tensor, " edit"]:
-    return trace.like.new_tensor([trace.features[e.layer][e.position, e.feature] for e in edits.itertuples()])
+    return trace.like.new_tensor([trace.features[e.layer][e.position, e.feature] for e in _rows(trace, edits)])
 
 
 def _new(edits: pd.DataFrame, old: Tensor) -> Float[Tensor, " edit"]:

@@ -6,6 +6,7 @@ and import nothing but the standard library.
 
 import errno
 import hashlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -20,7 +21,8 @@ COMMANDS = {
     "sweep": "train over a grid of settings into runs/sweep/",
     "test": "run all tests but the slow ones",
     "test-all": "run all tests",
-    "lint": "check the code's style and who imports whom",
+    "lint": "check the code's style, its types and who imports whom",
+    "docs": "make a website of the notebooks and docs/ in build/site/",
     "student": "write student copies of the notebooks into build/student/",
     "bundle": "collect all wheels in build/bundle/, for installing without network",
     "report": "render executed notebooks, one file each, into build/report/",
@@ -166,8 +168,8 @@ def pip(repo, python, arguments):
         command, cwd=str(repo), stderr=subprocess.PIPE, encoding="utf-8", errors="backslashreplace"
     )
     said, encoding = [], sys.stderr.encoding or "ascii"
-    with process.stderr:
-        for line in process.stderr:
+    with process.stderr as errors:  # type: ignore
+        for line in errors:
             said.append(line)
             sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding))
     if process.wait() == 0:
@@ -177,6 +179,17 @@ def pip(repo, python, arguments):
             "The package index cannot be reached: the first set-up needs a network connection (later runs do not)."
         )
     raise SetupError("Installing failed (pip says why, above); the same command tries again.")
+
+
+def need(repo, extra, module):
+    """Install an extra that only authors use into the environment that is running, unless its module is there.
+
+    Raises SetupError: it cannot be installed.
+    """
+    if importlib.util.find_spec(module) is None:
+        print("Installing what `{}` needs, once".format(extra), flush=True)
+        pip(repo, sys.executable, ["-c", "constraints.txt", "-e", ".[{}]".format(extra)])
+        importlib.invalidate_caches()
 
 
 def environment():

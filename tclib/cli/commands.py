@@ -44,6 +44,10 @@ def command(name: str, *rest: str) -> int:
         from tclib.cli.smollm2 import smollm2
 
         return smollm2(rest)
+    if name == "docs":
+        from tclib.cli.site import docs
+
+        return docs(rest)
     if name in ("lab", "explore"):
         from tclib.cli import serve
 

@@ -16,8 +16,6 @@ from tclib.cli.prepare import Refused
 from tclib.cli.run import select
 from tclib.cli.teach import KERNEL, inspect
 
-TEXT = {"capture_output": True, "text": True}
-
 
 def grade(arguments: Sequence[str], repo: Path = REPO) -> int:
     """Write what students get, or grade what they handed in; return 0, 1 if nbgrader failed, or 2 if refused."""
@@ -72,12 +70,14 @@ def find(environment: Path | None) -> Path:
 def register(environment: Path, course: Path) -> None:
     """Make this environment's kernel known to nbgrader's. Raises Refused if the kernel would not find tclib."""
     # Like a kernel not in the repository, whose folder tclib would be imported from.
-    imports = subprocess.run([sys.executable, "-c", "import ipykernel, tclib"], cwd=course, **TEXT)
+    imports = subprocess.run(
+        [sys.executable, "-c", "import ipykernel, tclib"], cwd=course, capture_output=True, text=True
+    )
     if imports.returncode:
         reason = imports.stderr.strip().splitlines()[-1]
         raise Refused(f"The kernel of {sys.executable} cannot grade ({reason}): run `make venv`, which installs tclib.")
     install = [sys.executable, "-m", "ipykernel", "install", "--prefix", str(environment), "--name", KERNEL]
-    installed = subprocess.run([*install, "--display-name", "Transcoder Circuits"], **TEXT)
+    installed = subprocess.run([*install, "--display-name", "Transcoder Circuits"], capture_output=True, text=True)
     if installed.returncode:
         reason = installed.stderr.strip().splitlines()[-1]
         raise Refused(f"The kernel cannot be registered in {environment} ({reason}): use an environment of your own.")

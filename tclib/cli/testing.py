@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tclib.cli.bootstrap import REPO, wait
+from tclib.cli.bootstrap import REPO, SetupError, need, wait
 from tclib.cli.prepare import has_smollm2, own_model
 
 CELL_TIMEOUT = 300
@@ -26,6 +26,8 @@ def test(slow: bool) -> int:
         env["OMP_NUM_THREADS"] = "1"
         parallel = ["-n", "2", "--dist=worksteal"]
     style = lint()
+    if slow:
+        need(REPO, "docs", "sphinx")
     notebooks = execute_copies(REPO, parallel, env, slow)
     markers = ["-m", "slow or not slow"] if slow else []
     others = pytest(["tests", *markers, *parallel], env)
@@ -33,12 +35,18 @@ def test(slow: bool) -> int:
 
 
 def lint() -> int:
-    """Check the style of all code outside the notebooks and who imports whom; return 0 only if all is well."""
+    """Check the style and types of all code outside the notebooks, and who imports whom; return 0 if all is well."""
+    try:
+        need(REPO, "lint", "basedpyright")
+    except SetupError as error:
+        print(error, file=sys.stderr)
+        return 1
     ruff = [sys.executable, "-m", "ruff"]
     checks = (
         [*ruff, "check", "--quiet"],
         [*ruff, "format", "--check", "--quiet"],
         [sys.executable, "-c", LINT_IMPORTS],
+        [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable],
     )
     return max(wait(subprocess.Popen(command, cwd=REPO)) for command in checks)
 

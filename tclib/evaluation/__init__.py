@@ -4,7 +4,7 @@ The functions below measure. Import modules for the rest: `stats` (bootstrap and
 `baselines` (neurons, random directions), `ground_truth` (the generator's labels), `matching` (two trainings).
 """
 
-from tclib.evaluation.faithfulness import cross_entropy, faithfulness
+from tclib.evaluation.faithfulness import faithfulness
 from tclib.evaluation.metrics import (
     DENSE,
     MEAN_ROWS,
@@ -14,7 +14,6 @@ from tclib.evaluation.metrics import (
     evaluate,
     measure,
     reconstruction,
-    replacement,
     replacement_hooks,
 )
 
@@ -23,12 +22,10 @@ __all__ = [
     "MEAN_ROWS",
     "Measured",
     "check",
-    "cross_entropy",
     "cumulative",
     "evaluate",
     "faithfulness",
     "replacement_hooks",
     "measure",
     "reconstruction",
-    "replacement",
 ]

@@ -51,13 +51,6 @@ def faithfulness(
     return numbered(tables, replicates)
 
 
-def cross_entropy(
-    model: TransformerBridge, tokens: Int[Tensor, "row pos"], hooks: Sequence[Hook], batch_size: int = 16
-) -> float:
-    """Mean next-token cross-entropy in nats under the interventions ``hooks``; BOS is never a target."""
-    return float(faithfulness(model, tokens, {"hooks": hooks}, batch_size)["ce"].iloc[1])
-
-
 def check_text(model: TransformerBridge, tokens: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
     """The text as int64; raises one sentence for one that no number can be measured on."""
     tokens = check_tokens(model, tokens, least=2)

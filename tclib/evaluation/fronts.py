@@ -53,7 +53,7 @@ def gap(front: pd.DataFrame, one: str, other: str, by: Sequence[str], column: st
     """
     records = []
     for key, part in front[front["name"].isin([one, other])].groupby(list(by), sort=False):
-        read = at_l0(part, shared_l0(part), ["name"], column).pivot(index="l0", columns="name", values=column)
+        read = at_l0(part, shared_l0(part).tolist(), ["name"], column).pivot(index="l0", columns="name", values=column)
         records.append(dict(zip(by, key, strict=True)) | {"gap": (read[one] - read[other]).mean()})
     return pd.DataFrame(records)
 
@@ -67,4 +67,4 @@ def undominated(front: pd.DataFrame, columns: Sequence[str] = ("l0", "fvu")) -> 
     values = front[list(columns)].to_numpy(dtype=float)
     at_most = (values[:, None] <= values[None]).all(-1)  # [i, j]: i is nowhere larger than j
     smaller = (values[:, None] < values[None]).any(-1)
-    return ~(at_most & smaller).any(0) & ~np.isnan(values).any(1)
+    return np.logical_not((at_most & smaller).any(0) | np.isnan(values).any(1))

@@ -71,7 +71,7 @@ def score(choose: Units, choose_truth: pd.DataFrame, test: Units, test_truth: pd
     Raises:
         ValueError: lengths that differ, NaN, or no label in common.
     """
-    names = [name for name in choose_truth if name in test_truth]
+    names = [str(name) for name in choose_truth if name in test_truth]
     for split, (units, labels) in {"first": (choose, choose_truth), "second": (test, test_truth)}.items():
         if len(units) != len(labels):
             raise ValueError(f"the {split} split has {len(units)} tokens of activations but {len(labels)} of labels")
@@ -85,7 +85,7 @@ def score(choose: Units, choose_truth: pd.DataFrame, test: Units, test_truth: pd
     threshold = thresholds[np.arange(len(f1)), chosen]
     fires = test >= threshold
     units = _score_units(test, there, chosen, fires)
-    units.insert(1, "label", np.where(f1.max(1) > 0, np.array(names, dtype=object)[chosen], None))
+    units.insert(1, "label", np.array([*names, None], dtype=object)[np.where(f1.max(1) > 0, chosen, -1)])
     units.insert(2, "threshold", threshold)
     return Scored(units, _score_labels(names, there, f1, thresholds, test, units, fires))
 
@@ -141,7 +141,7 @@ def auroc(values: Float[np.ndarray, " token"], positive: Bool[np.ndarray, " toke
 def _indicators(labels: np.ndarray) -> pd.DataFrame:
     """One boolean column per label, and one per part that several dotted labels share."""
     table = pd.get_dummies(pd.Series(labels, dtype=object), dtype=bool).drop(columns=["plain", "bos"], errors="ignore")
-    names = list(table)
+    names = [str(name) for name in table]
     for part in sorted({part for name in names for part in name.split(".")}):
         members = [name for name in names if part in name.split(".")]
         if len(members) > 1:

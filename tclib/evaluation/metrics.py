@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,8 +37,9 @@ from tclib.interventions import Hook, ablate_mlp, reencode_input, replace_mlp, r
 from tclib.tracing import check_belongs, check_dtype
 from tclib.transcoder import Transcoder, imitation, is_cross_layer
 
-Groups = Mapping[int | str, Sequence[int]]
+Groups = Mapping[Any, Sequence[int]]  # by layer, or by name
 MEAN_ROWS = 64  # mean ablation writes the MLP's mean output over this many rows of the text, BOS included
+LIVE = 1e-4  # a feature is live if it fires on more than this fraction of tokens (paper)
 DENSE = 0.1  # a feature is dense if it fires on more than this fraction of tokens
 
 
@@ -131,16 +133,6 @@ def reconstruction(
     return measure(model, transcoders, tokens, batch_size, groups={}).layers
 
 
-def replacement(
-    model: TransformerBridge,
-    transcoders: Mapping[int, Transcoder],
-    tokens: Int[Tensor, "row pos"],
-    batch_size: int = 16,
-) -> pd.DataFrame:
-    """The ``groups`` table of `measure`: each layer alone, cumulatively from below, and all at once."""
-    return measure(model, transcoders, tokens, batch_size).groups
-
-
 def cumulative(layers: Mapping[int, Transcoder] | Sequence[int]) -> dict[int | str, list[int]]:
     """Groups to replace: each layer alone, ``"up to l"`` from below, and ``"all"``."""
     layers = sorted(layers)
@@ -162,7 +154,7 @@ def check(
     tokens = check_text(model, tokens)
     check_layers(model, list(transcoders))
     is_cross_layer(transcoders)  # refuses one of which layers are missing
-    device = torch.device(model.cfg.device).type
+    device = torch.device(str(model.cfg.device)).type
     for layer, transcoder in transcoders.items():
         check_belongs(model, layer, transcoder, saes=True)
         check_dtype(model, layer, transcoder)
@@ -252,7 +244,7 @@ def _group_table(sums: Mapping, name: int | str) -> pd.DataFrame:
 
 
 def _mean_outputs(model: TransformerBridge, layers: list[int], tokens: Tensor, batch_size: int) -> dict[int, Tensor]:
-    total, count = {layer: 0.0 for layer in layers}, 0
+    total, count = {layer: torch.zeros(()) for layer in layers}, 0
     for acts in forward(model, tokens, layers, batch_size):
         count += acts[layers[0]].y[..., 0].numel()
         for layer in layers:

@@ -65,8 +65,8 @@ def over_seeds(table: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFr
     if not result["seeds"].isin(T_975).all():
         raise ValueError(f"an interval over seeds needs 2 to 10 of them, but there are {result['seeds'].min()}")
     half = result["seeds"].map(T_975) * result.pop("spread") / np.sqrt(result["seeds"])
-    result.insert(2 if len(by) == 1 else len(by) + 1, "low", result["value"] - half)
-    result.insert(result.columns.get_loc("low") + 1, "high", result["value"] + half)
+    result.insert(len(by) + 1, "low", result["value"] - half)
+    result.insert(len(by) + 2, "high", result["value"] + half)
     return result
 
 

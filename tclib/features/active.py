@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Float16, Int, Int32
 from torch import Tensor
 
-from tclib.training.fast.int8 import IntegerScreen, Rounded, int8_hardware
 from tclib.training.fast.pairs import Pairs as Product
 from tclib.training.fast.screening import CHUNK, Screen, bfloat16_hardware
 from tclib.transcoder import Transcoder
@@ -30,9 +29,9 @@ class Pairs:
 class ActiveFinder:
     """Finds all z > 0 of a batch.
 
-    Large encoders are screened on processors that have bfloat16: a product in int8 or bfloat16 that misses no active
-    pair, and the few candidates again in full precision (`training.fast.int8`, `training.fast.screening`). Which
-    way is taken depends on the transcoder, the batch and the processor alone.
+    Large encoders are screened on processors that have bfloat16: a product that misses no active pair, and the few
+    candidates again in full precision (`training.fast.screening`). Which way is taken depends on the transcoder and
+    the processor alone.
     """
 
     def __init__(self, transcoder: Transcoder):
@@ -42,7 +41,6 @@ class ActiveFinder:
         if transcoder.config.activation != "topk" and not plain and bfloat16_hardware():
             self.rows = W.detach().T.contiguous()  # a feature's weights side by side
             self.screen = _FixedScreen(*self.rows.shape)
-            self.integers = _FixedIntegers() if int8_hardware() else None
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "token d_in"]) -> Pairs:
@@ -58,21 +56,22 @@ class ActiveFinder:
     def _screened(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         t = self.transcoder
         floor = torch.zeros_like(t.b_enc) if t.threshold is None else t.threshold.clamp(min=0)
-        found = self.integers(x, self.rows, t.b_enc, floor) if self.integers else None
-        keys = self.screen(x, self.rows, t.b_enc, floor).sort().values if found is None else found[0]
-        found = Product.of(keys, *self.rows.shape[:1], len(x))
+        assert self.screen is not None
+        found = Product.of(self.screen(x, self.rows, t.b_enc, floor).sort().values, len(self.rows), len(x))
         values = found.dots(self.rows, x) + t.b_enc[found.feature]
         above = values > floor[found.feature]
-        return tuple(column[above].numpy() for column in (found.token, found.feature, values))
+        return found.token[above].numpy(), found.feature[above].numpy(), values[above].numpy()
 
     def _plain(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        parts = [(np.empty(0, int), np.empty(0, int), np.empty(0))]
+        tokens, features, values = [np.empty(0, int)], [np.empty(0, int)], [np.empty(0)]
         for start in range(0, len(x), CHUNK):
             z = self.transcoder.encode(x[start : start + CHUNK])
             index = nonzero(z)
             token, feature = np.divmod(index.cpu().numpy(), z.shape[1])
-            parts.append((token + start, feature, z.flatten()[index].float().cpu().numpy()))
-        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+            tokens.append(token + start)
+            features.append(feature)
+            values.append(z.flatten()[index].float().cpu().numpy())
+        return np.concatenate(tokens), np.concatenate(features), np.concatenate(values)
 
 
 class _FixedScreen(Screen):
@@ -83,23 +82,6 @@ class _FixedScreen(Screen):
     def load(self, weights: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         if self.loaded is None:
             self.loaded = super().load(weights, bias)
-        return self.loaded
-
-
-class _FixedIntegers(IntegerScreen):
-    """The same in int8; all layers use one room, in turn."""
-
-    loaded, shared = None, None
-
-    def __init__(self):
-        if _FixedIntegers.shared is None:
-            super().__init__()
-            _FixedIntegers.shared = self.room, self.above
-        self.room, self.above = _FixedIntegers.shared
-
-    def load(self, weights: Tensor, common: bool) -> Rounded:
-        if self.loaded is None:
-            self.loaded = super().load(weights, common)
         return self.loaded
 
 

@@ -111,7 +111,7 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Index:
 
 
 def _merge_layer(parts: Sequence[Index], layer: int, folder: Path) -> None:
-    offsets = sum(part.offsets[layer] for part in parts)
+    offsets = np.sum([part.offsets[layer] for part in parts], axis=0)
     np.save(folder / f"layer_{layer}.offsets.npy", offsets)
     files = {name: ArrayFile(folder / f"layer_{layer}.{name}.npy", DTYPES[name], offsets[-1]) for name in FLAT}
     scales = {"scale": [part.scale[layer] for part in parts]}

@@ -26,18 +26,18 @@ def _counted(
     tokens: Int32[np.ndarray, " entry"], values: Float16[np.ndarray, " entry"], vocabulary: int = 0
 ) -> tuple[Int[Tensor, " token"], Float64[Tensor, " token"]]:
     """How often each token is there, and the sum of its values, in which float64 loses nothing."""
-    tokens = torch.from_numpy(tokens)
+    found = torch.from_numpy(tokens)
     # By way of float32: torch widens float16 to it eight at a time, but not to float64.
     weights = torch.tensor(values).float().double()
-    return tokens.bincount(minlength=vocabulary), tokens.bincount(weights, minlength=vocabulary)
+    return found.bincount(minlength=vocabulary), found.bincount(weights, minlength=vocabulary)
 
 
 def _ranked(counts: Int[Tensor, " token"], totals: Float64[Tensor, " token"], k: int) -> np.ndarray:
     least = counts.topk(min(k, len(counts))).values[-1].clamp(min=1)
-    present, counts = (counts >= least).nonzero().squeeze(1).numpy(), counts.numpy()
-    chosen = present[np.argsort(-counts[present], kind="stable")[:k]]
+    present, often = (counts >= least).nonzero().squeeze(1).numpy(), counts.numpy()
+    chosen = present[np.argsort(-often[present], kind="stable")[:k]]
     rows = np.zeros(len(chosen), ROW)
-    rows["token"], rows["count"], rows["mean"] = chosen, counts[chosen], totals.numpy()[chosen] / counts[chosen]
+    rows["token"], rows["count"], rows["mean"] = chosen, often[chosen], totals.numpy()[chosen] / often[chosen]
     return rows
 
 
@@ -54,7 +54,8 @@ def write_often(folder: Path, layer: str, first: int) -> None:
                 for name in ("positions", "values")
             )
             parts.append(_counted(tokens[positions - first], values, vocabulary))
-        tables.append(_ranked(*map(sum, zip(*parts, strict=True)), KEPT))
+        counts, totals = zip(*parts, strict=True)
+        tables.append(_ranked(torch.stack(counts).sum(0), torch.stack(totals).sum(0), KEPT))
         tables[-1]["feature"] = feature
     np.save(folder / f"layer_{layer}.often.npy", np.concatenate(tables))
 

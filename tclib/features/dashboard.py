@@ -13,14 +13,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib import connections, targets
 from tclib.activations import hook_in, hook_out
 from tclib.circuits.neuronpedia import neuronpedia_url
+from tclib.evaluation.metrics import LIVE
 from tclib.features import NeverFired, connect, feature_activations, search
 from tclib.features.index import Index
 from tclib.inputs import bos_id, feature_of
 from tclib.model import token_strings
 from tclib.tracing import trace
 from tclib.transcoder import Transcoder, TranscoderConfig
-
-LIVE = 1e-4  # the paper calls a feature live if it fires more than once in 10,000 tokens
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,11 @@ def _examples(model, index: Index, layer: int, feature: int, strongest: int, n: 
     best = best.assign(band=0, low=best["activation"].min(), high=best["activation"].max())
     table = pd.concat([best, feature_activations.bands(index, layer, feature, n, each, seed)])
     examples = []
-    for row in table.itertuples():
-        found = feature_activations.context(index, layer, feature, row.row, row.position)
+    for row in table.to_dict("records"):
+        found = feature_activations.context(index, layer, feature, row["row"], row["position"])
         words = token_strings(model, torch.tensor(found.tokens.tolist()))
-        place = (row.band, row.low, row.high, row.row, row.position)
-        examples.append(Example(*place, words, found.activations))
+        place = {name: row[name] for name in ("band", "low", "high", "row", "position")}
+        examples.append(Example(**place, tokens=words, activations=found.activations))
     return examples
 
 

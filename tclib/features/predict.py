@@ -13,7 +13,6 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib.features.active import CHUNK, ActiveFinder
 from tclib.features.build import BATCH_ROWS, MERGED_AT_ONCE, PART_TOKENS, active_pairs, check_input
 from tclib.features.index import DTYPES
-from tclib.training.fast.int8 import ROOM
 from tclib.transcoder import Transcoder
 
 
@@ -54,7 +53,7 @@ def plan(model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens
     forward = 4 * batch * (20 * c.d_model + 4 * c.n_heads * width + 2 * len(transcoders) * c.d_model)
     encoding = 4 * 4 * CHUNK * max(t.config.d_features for t in transcoders.values())
     large = [f for f in finders.values() if f.screen]
-    encoding += sum(8 * f.rows.numel() for f in large) + (5 * ROOM if large else 0)  # rows, bfloat16 and int8 copies
+    encoding += sum(6 * f.rows.numel() for f in large)  # rows and their bfloat16 copies
     of_part = min(1.0, PART_TOKENS / tokens.numel())
     collected = (10 * sum(activations.values()) + 40 * max(activations.values())) * of_part
     return Plan(

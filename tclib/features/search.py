@@ -32,25 +32,6 @@ def statistics(index: Index, layer: int) -> pd.DataFrame:
     return table
 
 
-def by_frequency(index: Index, layer: int, low: float = 0.0, high: float = 1.0) -> pd.DataFrame:
-    """The rows of `statistics` with ``low <= frequency <= high``, most frequent first."""
-    table = statistics(index, layer)
-    inside = table[table["frequency"].between(low, high)]
-    return inside.sort_values("frequency", ascending=False, kind="stable", ignore_index=True)
-
-
-def by_token(index: Index, layer: int, token: int, k: int = 20) -> pd.DataFrame:
-    """Which features say that a token stands here; columns as `by_positions`.
-
-    Raises:
-        ValueError: the token does not occur in the text.
-    """
-    on = index.flat_tokens == token
-    if not on.any():
-        raise ValueError(f"token {token} does not occur in the text of this index: try another")
-    return by_positions(index, layer, on, k)
-
-
 def by_label(index: Index, layer: int, label: Bool[np.ndarray, " token"], k: int = 20) -> pd.DataFrame:
     """Which features stand for a label: a column of the text's `ground_truth.truth`; as `by_positions`.
 

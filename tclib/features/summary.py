@@ -45,9 +45,9 @@ def summarise(index: Index, truth: pd.DataFrame | None = None, seed: int = 0) ->
         best = search.best_labels(index, layer, truth) if truth is not None else None
         table["label"] = best["label"].to_numpy() if best is not None else None
         table["f1"] = best["f1"].to_numpy() if best is not None else np.nan
-        for feature in np.flatnonzero(table["count"]):
-            (first,) = feature_activations.top_tokens(index, layer, feature, 1).itertuples()
-            table.loc[feature, ["token", "token_share"]] = first.token, first.share
+        for feature in np.flatnonzero(table["count"]).tolist():
+            first = feature_activations.top_tokens(index, layer, feature, 1)
+            table.loc[feature, ["token", "token_share"]] = [first["token"][0], first["share"][0]]
             strongest = feature_activations.top(index, layer, feature, STRONGEST).assign(band=0)
             drawn = feature_activations.bands(index, layer, feature, BANDS, EACH, seed)
             examples.append(pd.concat([strongest, drawn]).assign(layer=layer, feature=feature))

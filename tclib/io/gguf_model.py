@@ -146,9 +146,10 @@ def _write(path: Path, header: GGUFHeader, config: Any, folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
     )
+    read, info = loaded
     if info["missing_keys"]:
         raise BadFile(f"it has no {sorted(info['missing_keys'])[0]}")
     # A model that came from GGUF refuses to be saved; one of the same configuration with its weights does not.

@@ -71,18 +71,18 @@ def fetch(source: HubId, choose: Choose) -> tuple[Path, list[str]]:
         raise ValueError(f"{source.repo!r} is not the name of a repository: write owner/name") from None
     except Exception as error:  # off-line, a broken connection, a server in trouble: only the cache can help
         return _cached(source, choose, error)
-    files = {file.rfilename: file for file in info.siblings or ()}
+    files, sha = {file.rfilename: file for file in info.siblings or ()}, str(info.sha)
     chosen = choose(_safe(source, files))
     store = _store(source)
-    folder, record = store / "snapshots" / info.sha, Record.read(store, info.sha)
+    folder, record = store / "snapshots" / sha, Record.read(store, sha)
     missing = [name for name in chosen if name not in record.whole or not (folder / name).is_file()]
     if missing or not (store / "refs" / source.revision).is_file():
         _check_space(source, sum(files[name].size or 0 for name in missing if not (folder / name).is_file()))
-        Record(sorted(files), record.whole).write(store, info.sha)
-        _download(source, chosen, info.sha)
+        Record(sorted(files), record.whole).write(store, sha)
+        _download(source, chosen, sha)
         for name in missing:
             _verify(folder / name, files[name])
-        Record(sorted(files), sorted({*record.whole, *chosen})).write(store, info.sha)
+        Record(sorted(files), sorted({*record.whole, *chosen})).write(store, sha)
     return folder, chosen
 
 

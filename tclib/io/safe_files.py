@@ -205,7 +205,7 @@ def _pickled_names(data: bytes, wanted: str | None) -> tuple[set[str], int | Non
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name == "GLOBAL":
-            found.add(argument.replace(" ", "."))
+            found.add(str(argument).replace(" ", "."))
         elif name in _PICKLE_EVALUATES:
             found.add(f"an object by {name}")
         elif "PUT" not in name:  # remembers what came before for later use

@@ -150,16 +150,16 @@ def assigned_literals(source: str) -> dict[str, Any]:
         return {}
     values = {}
     for statement in statements:
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        for target in targets:
-            if isinstance(target, ast.Name):
-                values[target.id] = _literal(statement.value)
+        if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            for target in statement.targets if isinstance(statement, ast.Assign) else [statement.target]:
+                if isinstance(target, ast.Name):
+                    values[target.id] = _literal(statement.value)
     return values
 
 
 def _literal(expression: ast.expr | None) -> Any:
     try:
-        return ast.literal_eval(expression)
+        return None if expression is None else ast.literal_eval(expression)
     except ValueError:
         return None
 
@@ -170,22 +170,16 @@ def injected_names(history: Sequence[str]) -> list[str]:
     return list(assigned_literals(injected[-1])) if injected else []
 
 
+_TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
 def _as_type_of(like: Any, name: str, value: Any) -> Any:
     """``value`` if it has the type of ``like``; raises ParameterError if not."""
-    if isinstance(like, bool):
-        if not isinstance(value, bool):
-            raise ParameterError(_wrong_type(name, value, "True or False"))
-    elif isinstance(like, int):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ParameterError(_wrong_type(name, value, "a whole number"))
-    elif isinstance(like, float):
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ParameterError(_wrong_type(name, value, "a number"))
-        return float(value)
-    elif not isinstance(value, type(like)):
-        wanted = "text" if isinstance(like, str) else f"a {type(like).__name__}"
-        raise ParameterError(_wrong_type(name, value, wanted))
-    return value
+    kind = type(like)
+    fits = isinstance(value, int | float if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ParameterError(_wrong_type(name, value, _TYPES.get(kind, f"a {kind.__name__}")))
+    return float(value) if kind is float else value
 
 
 def _wrong_type(name: str, value: Any, wanted: str) -> str:

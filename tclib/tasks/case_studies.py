@@ -86,7 +86,7 @@ def patches(
     for at, head in every if heads is None else heads:
         at = whole("layer", at, layer + 1, "what comes before")
         head = whole("head", head, model.cfg.n_heads, "the layer")
-        row = {"layer": at, "head": head}
+        row: dict[str, float] = {"layer": at, "head": head}
         for name, parts in {"keys_and_values": "kv", "values": "v"}.items():
             hooks = patch(model, source, at, head, position, parts)
             after = _read(model, transcoders, tokens, layer, hooks=hooks)

@@ -54,7 +54,7 @@ class Prompts:
         if len(self.groups) > 1:
             lengths = [group.shape[1] for group in self.groups]
             raise ValueError(f"these prompts have {lengths} tokens: take .groups, or nouns of equal length")
-        return self.groups[0]
+        return next(iter(self.groups))
 
     @property
     def years(self) -> Int[Tensor, " prompt"]:
@@ -296,5 +296,5 @@ def frozen_scales(model: TransformerBridge, prompts: Prompts, layer: int) -> Cal
     batches = {}
     for tokens, rows in prompts.batches():
         _, cache = model.run_with_cache(tokens.to(model.cfg.device), names_filter=lambda n: n in names)
-        batches[rows.start] = freeze(cache, ["scales"])
+        batches[rows.start] = freeze(dict(cache), ["scales"])
     return lambda rows: batches[rows.start]

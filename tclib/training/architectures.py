@@ -25,6 +25,7 @@ def activate(transcoder: Transcoder, pre: Pre, config: TrainConfig) -> Pre:
         return _Jump.apply(pre, transcoder.threshold, config.bandwidth)
     if config.activation == "batchtopk":
         z = torch.relu(pre)
+        assert config.k is not None
         return z * (z >= batch_threshold(z.detach(), config.k, len(z)))
     return transcoder.activate(pre)
 

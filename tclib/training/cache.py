@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib.inputs import check_layers, check_tokens
 from tclib.io.paths import read_text, write_whole
 from tclib.text import text_hash
-from tclib.training.stream import Acts, ModelSource, forward_rows
+from tclib.training.stream import Acts, ModelSource, both, forward_rows
 
 
 class ActivationCache:
@@ -42,7 +42,7 @@ class ActivationCache:
         order = np.sort(rows)  # one way through the disk
         back = np.searchsorted(order, rows)
         return {
-            layer: tuple(torch.from_numpy(array[order][back]).flatten(0, 1) for array in pair)
+            layer: both(lambda array: torch.from_numpy(array[order][back]).flatten(0, 1), pair)
             for layer, pair in self.arrays.items()
         }
 

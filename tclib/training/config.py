@@ -66,9 +66,9 @@ class TrainConfig(BaseModel):
     buffer: PositiveInt = 1  # batches whose tokens are shuffled together
     passes: PositiveInt = 1  # how often the tokens of a buffer are used
     lr: PositiveFloat = 1e-3
-    warmup: float = Field(0.05, ge=0, le=1)  # fraction of the steps over which lr rises
-    decay: float = Field(0.3, ge=0, le=1)  # fraction of the steps, at the end, over which lr falls to 0
-    sparsity_warmup: float = Field(0.5, ge=0, le=1)  # fraction of the steps over which the coefficient rises
+    warmup: float = Field(default=0.05, ge=0, le=1)  # fraction of the steps over which lr rises
+    decay: float = Field(default=0.3, ge=0, le=1)  # fraction of the steps, at the end, over which lr falls to 0
+    sparsity_warmup: float = Field(default=0.5, ge=0, le=1)  # fraction of the steps over which the coefficient rises
     clip: PositiveFloat | None = None  # largest norm of a gradient
     tied: bool = False  # start with encoder columns along decoder rows
     start_l0: PositiveFloat | None = None  # start the biases so low that about this many features fire
@@ -77,8 +77,8 @@ class TrainConfig(BaseModel):
     aux: NonNegativeFloat = 1 / 32  # topk, batchtopk: weight of the error explained by dead features
     dead_after: PositiveInt = 200_000  # tokens without firing after which a feature counts as dead
     sparse_from: PositiveInt = 1024  # features from which inactive ones are skipped (on processors, in full precision)
-    sparse_below: float = Field(0.2, ge=0, le=1)  # ... in steps after one whose share of active features was below this
-    screen_below: float = Field(0.03, ge=0, le=1)  # ... and below this, candidates come from a rounded product
+    sparse_below: float = Field(default=0.2, ge=0, le=1)  # ... after a step with a smaller share of active ones
+    screen_below: float = Field(default=0.03, ge=0, le=1)  # ... and below this, candidates come from a rounded product
     bfloat16: bool = False  # matrix products in bfloat16: about twice as fast on processors that have it
     seed: NonNegativeInt = 0
 

@@ -13,6 +13,7 @@ skip inactive features (`tclib.training.fast.sparse_step`), so does the joint st
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -98,7 +99,7 @@ class CrossTrainer:
         for part in self.parts.values():
             part.adam.zero_grad()
         tokens = len(x) * distributed.world()
-        (sum(squared[layer] + paid[layer] for layer in self.parts) / tokens).backward()
+        (torch.stack([squared[layer] + paid[layer] for layer in self.parts]).sum() / tokens).backward()
         for part in self.parts.values():
             for p in part.adam.param_groups[0]["params"]:
                 distributed.total(p.grad)
@@ -109,13 +110,14 @@ class CrossTrainer:
         return sums, {layer: value.detach() for layer, value in z.items()}
 
     @torch.no_grad()
-    def _sparse(self, scaled: Pairs, ramps: Mapping[int, float]) -> tuple[Sums, dict[int, Tensor]]:
-        missed = {layer: part.target(*scaled[layer]) for layer, part in self.parts.items()}
-        found = {layer: part.forward(scaled[layer][0]) for layer, part in self.parts.items()}
-        for layer in self.parts:
+    def _sparse(self, scaled: Pairs, ramps: Mapping[int, float]) -> tuple[Sums, dict[int, Any]]:
+        parts = {layer: part for layer, part in self.parts.items() if isinstance(part, SparseTrainer)}
+        missed = {layer: part.target(*scaled[layer]) for layer, part in parts.items()}
+        found = {layer: part.forward(scaled[layer][0]) for layer, part in parts.items()}
+        for layer in parts:
             self._subtract(missed, layer, found[layer].written)
         sums = {}
-        for layer, part in self.parts.items():
+        for layer, part in parts.items():
             error = missed[layer].flatten()
             squared = error.dot(error)
             beside = self._beside(missed, layer)

@@ -24,7 +24,7 @@ from tclib.training.config import STREAM, TrainConfig
 from tclib.training.cross_layer import CrossTrainer, SingleTrainer
 from tclib.training.fast.sparse_step import make_trainer
 from tclib.training.run_folder import RunFolder
-from tclib.training.stream import Acts, ModelSource, Stream
+from tclib.training.stream import Acts, ModelSource, Stream, both
 from tclib.training.trainer import Trainer
 from tclib.transcoder import Transcoder
 
@@ -137,7 +137,7 @@ def train_side_by_side(
             stop = interrupted()
             if folder and (stop or folder.due() or step == config.steps - 1):
                 folder.save(step + 1, named)
-            if stop:
+            if stop and folder:
                 raise KeyboardInterrupt(f"stopped after step {step}: the same call goes on from {folder.last()}")
     finished: dict[str, dict[int, Transcoder]] = {name: {} for name in configs}
     for name, learner in learners:
@@ -232,7 +232,9 @@ def _rows_that_fit(learner: Learner, batch: Acts) -> str:
     rows = config.batch_rows
     while rows > 1:
         rows //= 2
-        some = {layer: tuple(t[: len(t) * rows // config.batch_rows] for t in pair) for layer, pair in batch.items()}
+        some = {
+            at: both(lambda t, rows=rows: t[: len(t) * rows // config.batch_rows], pair) for at, pair in batch.items()
+        }
         try:
             learner.try_out(some)
         except (RuntimeError, MemoryError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 COLUMNS = {
     "loss": "loss",
@@ -41,7 +42,7 @@ class LiveFigure:
         plt.close(figure)
 
 
-def curves(history: pd.DataFrame) -> plt.Figure:
+def curves(history: pd.DataFrame) -> Figure:
     """Loss, FVU, L0, dead features and speed against the step, one line per layer and name."""
     shown = {column: label for column, label in COLUMNS.items() if column in history}
     figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 2.4), layout="constrained")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,15 @@ Acts = dict[int, tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_mo
 FORWARD_ROWS = {"cpu": 16, "cuda": 256, "mps": 64}  # of one forward pass: constants, since the last bits depend on them
 
 
+def both(change: Callable[[Any], Tensor], pair: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """The same done to inputs and outputs."""
+    x, y = pair
+    return change(x), change(y)
+
+
 def forward_rows(model: TransformerBridge) -> int:
     """How many rows one forward pass reads on the model's device."""
-    return FORWARD_ROWS[torch.device(model.cfg.device).type]
+    return FORWARD_ROWS[torch.device(str(model.cfg.device)).type]
 
 
 class Source(Protocol):
@@ -32,6 +38,7 @@ class Source(Protocol):
 
     def read(self, rows: Int[np.ndarray, " row"]) -> Acts:
         """Inputs and outputs of the MLPs of every layer, one token per line."""
+        ...
 
 
 class ModelSource:
@@ -45,7 +52,9 @@ class ModelSource:
         tokens = self.tokens[torch.from_numpy(rows)]
         parts = list(forward(self.model, tokens, self.layers, forward_rows(self.model)))
         return {
-            layer: tuple(torch.cat([getattr(p[layer], name).flatten(0, 1) for p in parts]) for name in ("x", "y"))
+            layer: both(
+                lambda name, at=layer: torch.cat([getattr(p[at], name).flatten(0, 1) for p in parts]), ("x", "y")
+            )
             for layer in self.layers
         }
 
@@ -87,11 +96,11 @@ class Stream:
             self.loaded = index, self._read(self._buffer_rows(index))
         acts = self.loaded[1]
         if c.buffer == 1:
-            return {layer: tuple(distributed.share(t) for t in pair) for layer, pair in acts.items()}
+            return {layer: both(distributed.share, pair) for layer, pair in acts.items()}
         use, part = divmod(place, c.buffer)
         order = np.random.default_rng([c.seed, 1, index, use]).permutation(self.rows * self.source.row_length)
         chosen = torch.from_numpy(distributed.share(order.reshape(c.buffer, -1)[part]))
-        return {layer: tuple(t[chosen.to(t.device)] for t in pair) for layer, pair in acts.items()}
+        return {layer: both(lambda t: t[chosen.to(t.device)], pair) for layer, pair in acts.items()}
 
     def _buffer_rows(self, index: int) -> Int[np.ndarray, " row"]:
         epoch, place = divmod(index, self.buffers)
@@ -102,7 +111,7 @@ class Stream:
         # Each process computes its share of the rows. Gathering them costs less than one step's gradients, and makes
         # the batches the same for any number of processes.
         acts = self.source.read(distributed.share(rows))
-        return {layer: tuple(distributed.gathered(t) for t in pair) for layer, pair in acts.items()}
+        return {layer: both(distributed.gathered, pair) for layer, pair in acts.items()}
 
 
 def mixing(config: TrainConfig, row_length: int) -> float:

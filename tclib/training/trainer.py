@@ -89,10 +89,11 @@ class Trainer:
             for some in torch.arange(c.d_features).split(4096):
                 some = slice(int(some[0]), int(some[-1]) + 1)
                 t.b_enc[some] -= (x @ t.W_enc[:, some] + t.b_enc[some]).kthvalue(rank, dim=0).values
-        if c.activation == "jumprelu":
-            t.threshold.fill_(c.bandwidth)
-        if c.activation == "batchtopk":
-            t.threshold.requires_grad_(False)  # follows the batches
+        if t.threshold is not None:
+            if c.activation == "jumprelu":
+                t.threshold.fill_(c.bandwidth)
+            else:  # batchtopk's follows the batches
+                t.threshold.requires_grad_(False)
 
     def step(self, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"], step: int) -> dict[str, float]:
         """Learn from this process's share of a batch; loss, FVU, L0 and dead fraction of the whole batch."""
@@ -110,7 +111,7 @@ class Trainer:
         t, c, n = self.transcoder, self.config, tokens * distributed.world()
         with torch.no_grad():
             self.update()
-            if c.activation == "batchtopk":
+            if t.threshold is not None and c.activation == "batchtopk":
                 smallest = self.smallest(z, tokens).to(t.threshold)
                 t.threshold.lerp_(smallest, 1.0 if step == 0 else 1 - SMOOTHING)
             fired = distributed.total(self.fired(z).to(torch.int64)) > 0
@@ -148,6 +149,7 @@ class Trainer:
 
     def smallest(self, z: Tensor, tokens: int) -> Float[Tensor, ""]:
         """BatchTopK's threshold in this batch."""
+        assert self.config.k is not None
         return batch_threshold(z, self.config.k, tokens)
 
     def penalty(self, z: Tensor, pre: Tensor) -> Float[Tensor, ""]:
@@ -178,7 +180,7 @@ class Trainer:
         t, c = self.transcoder, self.config
         if c.unit_norm:
             t.W_dec.flatten(1).div_(lengths(t)[:, None])
-        if c.activation == "jumprelu":
+        if t.threshold is not None and c.activation == "jumprelu":
             t.threshold.clamp_(min=0)
         if c.dead_bias_lift:
             t.b_enc += c.dead_bias_lift * self.adam.param_groups[0]["lr"] * self.dead()

@@ -89,7 +89,7 @@ class Question:
         self._tokens = [""] * LIKELIEST
 
     @property
-    def fields(self) -> tuple[w.Widget, ...]:
+    def fields(self) -> tuple[w.Text | w.Textarea, ...]:
         return self.prompt, self.token, self.other
 
     @property

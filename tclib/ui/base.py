@@ -63,7 +63,7 @@ class Explorer:
         controls: rows of controls, in the order of the tab key.
         selected: the feature chosen in any explorer; its card stands below the views.
         """
-        self.selected = selected
+        self.selected: Any = selected
         self.name, self._answering, self._work, self._told = name, False, None, 0
         self.status = w.HTML()
         self.progress = w.FloatProgress(max=1.0, description="working")
@@ -183,7 +183,7 @@ class Explorer:
         self.status.value = f'<div {role} style="{style}">{mark}{html.escape(text)}</div>'
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        data = dict(self.box._repr_mimebundle_(**kwargs))
+        data: dict[str, Any] = {**(self.box._repr_mimebundle_(**kwargs) or {})}
         data["text/plain"] = f"{self.name}: run this notebook to use it"
         return data
 

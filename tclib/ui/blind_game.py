@@ -26,7 +26,7 @@ class _Shown:
     box: ipywidgets.VBox
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        data = dict(self.box._repr_mimebundle_(**kwargs))
+        data: dict[str, Any] = {**(self.box._repr_mimebundle_(**kwargs) or {})}
         data["text/plain"] = f"{self.name}: run this notebook to use it"
         return data
 

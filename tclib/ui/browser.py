@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 import pandas as pd
@@ -95,10 +95,10 @@ def examples(model: TransformerBridge, summary: Summary, layer: int, feature: in
     feature = whole("feature", feature, len(of_layer(summary, layer)), f"layer {layer}")
     chosen = summary.examples.query("layer == @layer and feature == @feature")
     rows = []
-    for e in chosen.itertuples():
-        start = max(0, e.position - BEFORE)
-        ids = summary.tokens[e.row, start : e.position + AFTER + 1].astype(int)
-        rows.append((e.band, e.activation, token_strings(model, torch.tensor(ids)), e.position - start))
+    for e in chosen.to_dict("records"):
+        start = max(0, e["position"] - BEFORE)
+        ids = summary.tokens[e["row"], start : e["position"] + AFTER + 1].astype(int)
+        rows.append((e["band"], e["activation"], token_strings(model, torch.tensor(ids)), e["position"] - start))
     return pd.DataFrame(rows, columns=["band", "activation", "tokens", "centre"])
 
 
@@ -117,8 +117,8 @@ def card(traced: Trace, summary: Summary | None, layer: int, feature: int, index
     feature = whole("feature", feature, features, f"layer {layer}")
     lens = logit_lens(traced, layer, feature)
     ends = pd.concat([lens.head(TOP), lens.tail(TOP)])
-    promoted = bars([(shown(t), v) for t, v in ends.items()], "tokens it promotes and suppresses", "logit lens")
-    told = "" if summary is None else _told(traced.model, of_layer(summary, layer).loc[feature], summary)
+    promoted = bars([(shown(str(t)), v) for t, v in ends.items()], "tokens it promotes and suppresses", "logit lens")
+    told = "" if summary is None else _told(traced.model, of_layer(summary, layer).iloc[feature], summary)
     head = f'<div style="color: {TEXT}; line-height: 1.4"><b>mlp{layer}[{feature}]</b> {told}</div>'
     seen = "" if summary is None else _examples(traced.model, summary, layer, feature)
     strength = "" if index is None else histogram_html(index, layer, feature)
@@ -130,9 +130,8 @@ def histogram_html(index: Index, layer: int, feature: int) -> str:
     if not count(index, layer, feature):
         return ""
     table = histogram(index, layer, feature, BINS)
-    rows = [(f"{row.low:.2f} to {row.high:.2f}", row.count) for row in table.itertuples(index=False)]
-    caption = f"its activations on {index.n_tokens:,} tokens"
-    return bars([(name, float(number)) for name, number in rows], caption, "tokens", digits=0)
+    rows = [(f"{row['low']:.2f} to {row['high']:.2f}", float(row["count"])) for row in table.to_dict("records")]
+    return bars(rows, f"its activations on {index.n_tokens:,} tokens", "tokens", digits=0)
 
 
 def _examples(model: TransformerBridge, summary: Summary, layer: int, feature: int) -> str:
@@ -141,18 +140,18 @@ def _examples(model: TransformerBridge, summary: Summary, layer: int, feature: i
         return ""
     largest, bands = found["activation"].max(), int(found["band"].max())
     lines = []
-    for e in found.itertuples():
-        marked = [0.0] * len(e.tokens)
-        marked[e.centre] = e.activation
-        name = "strongest" if e.band == 0 else f"band {e.band} of {bands}"
+    for e in found.to_dict("records"):
+        marked = [0.0] * len(e["tokens"])
+        marked[e["centre"]] = e["activation"]
+        name = "strongest" if e["band"] == 0 else f"band {e['band']} of {bands}"
         text = highlighted(
-            [t.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}") for t in e.tokens], marked, largest
+            [t.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}") for t in e["tokens"]], marked, largest
         )
         cell = "color: black; padding: 0 6px; vertical-align: top"
         first = f"{cell}; text-align: left; font-weight: normal; white-space: nowrap"
         lines.append(
             f'<tr><th scope="row" style="{first}">{name}</th>'
-            f'<td style="{cell}; text-align: right">{e.activation:.2f}</td><td style="{cell}">{text}</td></tr>'
+            f'<td style="{cell}; text-align: right">{e["activation"]:.2f}</td><td style="{cell}">{text}</td></tr>'
         )
     told = (
         "Examples; the token it fired on is marked, darker where it fired more strongly. Strongest: the largest "
@@ -202,8 +201,8 @@ class Browser(Explorer):
         self.traced = trace(model, transcoders, torch.tensor([bos_id(model) or 0]))
         short = w.Layout(width="200px")
         layers = sorted(transcoders)
-        self.layer = w.Dropdown(options=layers, value=layers[-1], description="layer", layout=short)
-        self.by = w.ToggleButtons(options=WAYS, description="search by", style={"button_width": "auto"})
+        self.layer: Any = w.Dropdown(options=layers, value=layers[-1], description="layer", layout=short)
+        self.by: Any = w.ToggleButtons(options=WAYS, description="search by", style={"button_width": "auto"})
         self.query = w.Text(
             "",
             description="for",
@@ -212,11 +211,11 @@ class Browser(Explorer):
             layout=w.Layout(width="280px"),
         )
         powers = [("0", 0.0), *((f"1/{10**n:,}" if n else "1", 10.0**-n) for n in range(5, -1, -1))]
-        self.range = w.SelectionRangeSlider(
+        self.range: Any = w.SelectionRangeSlider(
             options=powers, index=(0, len(powers) - 1), description="share", continuous_update=False
         )
         self.number = w.Text("0", description="feature", continuous_update=False, layout=short)
-        self.list = w.Select(description="found", rows=18, layout=w.Layout(width="330px"))
+        self.list: Any = w.Select(description="found", rows=18, layout=w.Layout(width="330px"))
         self.card = w.HTML(layout=w.Layout(flex="1 1 480px"))
         controls = [(self.by, self.layer), (self.query, self.range, self.number)]
         super().__init__("Feature browser", controls, [self.list, self.card])

@@ -5,9 +5,7 @@ GitHub drops styles, so nothing is told by colour alone: strong tokens are bold,
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from tclib.features.index import Index
 from tclib.io.paths import write_whole
 from tclib.plots import highlighted
 from tclib.transcoder import Transcoder
+from tclib.ui.markup import picture
 
 CELL = "padding: 1px 8px; text-align: right"
 MISSING = "\N{EM DASH}"
@@ -46,12 +45,10 @@ def dashboard_html(d: Dashboard, with_figure: bool = True) -> str:
 
 def figure_html(d: Dashboard) -> str:
     """The figure as a PNG inside an ``img``."""
-    drawn, buffer = figure(d), io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
+    drawn = figure(d)
     plt.close(drawn)
     told = f"{d.name}: histogram of activations, de-embedding, logit lens, strongest inputs and outputs, heads"
-    source = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{told}" style="max-width: 100%" src="data:image/png;base64,{source}">'
+    return picture(drawn, told, round(90 * drawn.get_figwidth()))
 
 
 def save_dashboard(d: Dashboard, path: str | Path) -> None:
@@ -105,11 +102,11 @@ def layer_html(
         ]
         table["label"] = table["label"].to_numpy()[table["feature"]]
     rows = []
-    for row in table.itertuples():
-        link = (pages or {}).get(row.feature)
-        name = f'<a href="{link}">{row.feature}</a>' if link else str(row.feature)
-        cells = [name, f"{row.count:,}", f"{row.frequency:.3%}", _number(row.max), _number(row.mean)]
-        cells += [html.escape(row.most)] + ([html.escape(row.label)] if truth is not None else [])
+    for row in table.to_dict("records"):
+        link, name = (pages or {}).get(row["feature"]), str(row["feature"])
+        name = f'<a href="{link}">{name}</a>' if link else name
+        cells = [name, f"{row['count']:,}", f"{row['frequency']:.3%}", _number(row["max"]), _number(row["mean"])]
+        cells += [html.escape(row["most"])] + ([html.escape(row["label"])] if truth is not None else [])
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     heads = ["feature", "tokens", "share", "max", "mean", "fires most on"] + ["label (F1)"] * (truth is not None)
     live = (table["frequency"] > LIVE).sum()
@@ -138,7 +135,7 @@ def _examples(d: Dashboard) -> str:
         title = "strongest activations" if band == 0 else f"band {band}, drawn at random"
         parts.append(f"<h3>{title}: {low:.3g} to {high:.3g}</h3>")
         for e in of_band:
-            shown = highlighted([_visible(t) for t in e.tokens], e.activations, d.statistics["max"])
+            shown = highlighted([_visible(t) for t in e.tokens], e.activations.tolist(), d.statistics["max"])
             where = f"row {e.row}, position {e.position}"
             at = float(e.activations.max()) if len(e.activations) else 0.0
             parts.append(f'<div title="{where}; largest shown {at:.2f}">{shown}</div>')
@@ -187,7 +184,7 @@ def _visible(token: str) -> str:
 def _commonest(model: TransformerBridge, index: Index, layer: int) -> np.ndarray:
     """The token each feature fires on most often, as text; empty for one that never fired."""
     names = np.full(index.n_features(layer), "", dtype=object)
-    for feature in np.flatnonzero(np.diff(index.layer_offsets(layer))):
+    for feature in np.flatnonzero(np.diff(index.layer_offsets(layer))).tolist():
         token = int(feature_activations.top_tokens(index, layer, feature, 1)["token"][0])
         names[feature] = repr(model.tokenizer.decode([token]))
     return names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import ipywidgets as w
 import torch
@@ -49,7 +50,7 @@ def lab_figure(probs: Float[Tensor, "prompt 100"], prompts: gt.Prompts, year: in
     """The behaviour matrix, and the row of one YY as bars: blue above YY, orange up to it."""
     years = prompts.years.unique().numpy()
     matrix = gt.behaviour_matrix(probs, prompts.years).sqrt().numpy()
-    figure = Figure(figsize=(9.2, 3.5), dpi=85, layout="none")
+    figure = Figure(figsize=(9.2, 3.5), dpi=85, layout="none")  # pyright: ignore[reportArgumentType]
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
     figure.subplots_adjust(left=0.06, right=0.99, top=0.86, bottom=0.15, wspace=0.22)
     edges = (-0.5, 99.5, years[-1] + 0.5, years[0] - 0.5)
@@ -81,15 +82,15 @@ class Lab(Explorer):
         self.model, self.transcoders, self._known = model, transcoders, {}
         short = w.Layout(width="190px")
         layer = max(transcoders) if layer is None else layer
-        self.noun = w.Dropdown(options=list(nouns), description="noun", layout=short)
-        self.century = w.Dropdown(options=list(centuries), description="century", layout=short)
-        self.layer = w.Dropdown(options=sorted(transcoders), value=layer, description="MLP", layout=short)
+        self.noun: Any = w.Dropdown(options=list(nouns), description="noun", layout=short)
+        self.century: Any = w.Dropdown(options=list(centuries), description="century", layout=short)
+        self.layer: Any = w.Dropdown(options=sorted(transcoders), value=layer, description="MLP", layout=short)
         self.year = w.IntSlider(35, 2, 98, description="YY", continuous_update=False)
-        self.units = w.ToggleButtons(
+        self.units: Any = w.ToggleButtons(
             options=["features", "neurons", "random features"], description="units", style={"button_width": "auto"}
         )
-        self.kept = w.SelectionSlider(options=[("0", 0)], description="kept", continuous_update=False)
-        self.out = w.SelectMultiple(description="taken out", rows=10, layout=w.Layout(width="220px"))
+        self.kept: Any = w.SelectionSlider(options=[("0", 0)], description="kept", continuous_update=False)
+        self.out: Any = w.SelectMultiple(description="taken out", rows=10, layout=w.Layout(width="220px"))
         self.view = w.HTML(layout=w.Layout(flex="1 1 600px"))
         controls = [(self.noun, self.century, self.layer), (self.year, self.kept), (self.units,)]
         super().__init__("Greater-than laboratory", controls, [self.out, self.view])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 import pandas as pd
@@ -81,7 +81,7 @@ def feature_html(trace: Trace, layer: int, feature: int, position: int) -> str:
     z = trace.features[layer][:, trace.feature(layer, feature)].tolist()
     scores = writes(trace, layer, feature, position)
     ends = pd.concat([scores.head(TOP), scores.tail(TOP)])
-    rows = [(shown(token), value) for token, value in ends.items()]
+    rows = [(shown(str(token)), value) for token, value in ends.items()]
     where = f"mlp{layer}[{feature}] at {position} {shown(trace.token_strings[position])}"
     strip = paper(highlighted(trace.token_strings, z))
     return f"{strip}{bars(rows, f'what {where} writes to the next token', 'logits on the direct path')}"
@@ -105,10 +105,10 @@ class Microscope(Explorer):
     ):
         self.model, self.transcoders = model, transcoders
         self.prompt = prompt_field(prompt)
-        self.token = w.SelectionSlider(options=[("0", 0)], description="token", layout=w.Layout(width="360px"))
+        self.token: Any = w.SelectionSlider(options=[("0", 0)], description="token", layout=w.Layout(width="360px"))
         layers = [(f"mlp{layer}", layer) for layer in sorted(transcoders)]
-        self.layer = w.Dropdown(options=layers, value=max(transcoders), description="layer")
-        self.feature = w.Select(description="active here", rows=14, layout=w.Layout(width="300px"))
+        self.layer: Any = w.Dropdown(options=layers, value=max(transcoders), description="layer")
+        self.feature: Any = w.Select(description="active here", rows=14, layout=w.Layout(width="300px"))
         self.overview, self.detail = w.HTML(layout=w.Layout(width="100%")), w.HTML(layout=w.Layout(flex="1 1 420px"))
         super().__init__(
             "Prompt microscope",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 import pandas as pd
@@ -55,7 +55,7 @@ def agreement(table: pd.DataFrame, by: str, ks: Sequence[int] = KS) -> pd.DataFr
 
 def overlap_figure(table: pd.DataFrame, title: str) -> Figure:
     """The overlap of the first k for every k, and what two random rankings would share."""
-    figure = Figure(figsize=(4.2, 2.9), dpi=90, layout="none")
+    figure = Figure(figsize=(4.2, 2.9), dpi=90, layout="none")  # pyright: ignore[reportArgumentType]
     ax = figure.subplots()
     figure.subplots_adjust(left=0.14, right=0.97, top=0.86, bottom=0.18)
     ax.plot(table["k"], table["overlap"], color=POSITIVE, marker="o", label="weights and text")
@@ -71,6 +71,8 @@ def overlap_figure(table: pd.DataFrame, title: str) -> Figure:
 class Weights(Explorer):
     """A feature by layer and number, a source layer, and one of the two weightings by text."""
 
+    folder: tempfile.TemporaryDirectory  # of an index of its own
+
     def __init__(
         self,
         transcoders: Mapping[int, Transcoder],
@@ -84,11 +86,11 @@ class Weights(Explorer):
         if len(layers) < 2:
             raise ValueError("connections between features need transcoders of at least two layers")
         short = w.Layout(width="200px")
-        self.layer = w.Dropdown(options=layers[1:], value=layer, description="layer", layout=short)
+        self.layer: Any = w.Dropdown(options=layers[1:], value=layer, description="layer", layout=short)
         self.feature = w.Text(str(feature), description="feature", continuous_update=False, layout=short)
-        self.source = w.Dropdown(options=[a for a in layers if a < layer], description="sources in", layout=short)
+        self.source: Any = w.Dropdown(options=[a for a in layers if a < layer], description="sources in", layout=short)
         self.source.value = max(self.source.options)
-        self.by = w.ToggleButtons(options=WEIGHTED, description="by text:", style={"button_width": "auto"})
+        self.by: Any = w.ToggleButtons(options=WEIGHTED, description="by text:", style={"button_width": "auto"})
         self.invariant, self.weighted, self.curve = w.HTML(), w.HTML(), w.HTML()
         controls = [(self.layer, self.feature, self.source), (self.by,)]
         super().__init__("Weights explorer", controls, [self.invariant, self.weighted, self.curve], selected)

@@ -1,12 +1,11 @@
 """Sweeps: one notebook over a grid of parameters, on this machine or on a cluster, with results that survive.
 
-The names below are all that others need. Modules: `grid`, `run_sweep`, `execute`, `cluster`, `results`, `shards`.
+The names below are all that others need. Modules: `grid`, `run_sweep`, `execute`, `cluster`, `results`.
 """
 
 from tclib.nb.sweeps.grid import SMALL, Grid, expand, run_name
 from tclib.nb.sweeps.results import Point, Results, Run, load_results, save_results, table
 from tclib.nb.sweeps.run_sweep import NOTEBOOK, sweep
-from tclib.nb.sweeps.shards import build_index_sharded
 
 __all__ = [
     "NOTEBOOK",
@@ -15,7 +14,6 @@ __all__ = [
     "Point",
     "Results",
     "Run",
-    "build_index_sharded",
     "expand",
     "load_results",
     "run_name",

@@ -14,7 +14,7 @@ Grid = Mapping[str, Sequence[Any]]  # parameter -> its values; a run for each co
 NAME_LENGTH = 12
 
 # What `make sweep` runs: three architectures at four prices each, one layer, one seed.
-SMALL: list[Grid] = [
+SMALL: list[dict[str, Any]] = [
     {"activation": ["relu"], "l1": [0.005, 0.02, 0.06, 0.15]},
     {"activation": ["topk"], "k": [4, 8, 16, 48]},
     {"activation": ["topk"], "skip": [True], "k": [4, 8, 16, 48]},

@@ -65,7 +65,7 @@ def sweep(
                     if progress:
                         bar.write(_sentence(run, runs))
                     bar.update()
-    return table(Results(about=about, runs=[done[results.run(p)] for p in runs]))
+    return table(Results(about=about, runs=[run for p in runs if (run := done[results.run(p)])]))
 
 
 def _as_finished(client: Any, notebook: str, todo: list[dict], results: Folder, bar: tqdm) -> Iterator[Run]:

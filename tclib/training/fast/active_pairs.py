@@ -1,7 +1,7 @@
 """The pairs of feature and token that take part in a sparse step.
 
-An int8 or bfloat16 product names candidates and misses none (`integers`, `screening`); full precision decides about
-them. Where the hardware has neither, or many features are active, the whole product is computed in full precision.
+A bfloat16 product names candidates and misses none (`screening`); full precision decides about them. Where the
+hardware has none, or many features are active, the whole product is computed in full precision.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tclib.training import distributed
 from tclib.training.architectures import batch_threshold
 from tclib.training.config import TrainConfig
-from tclib.training.fast.int8 import IntegerScreen, int8_hardware
 from tclib.training.fast.pairs import Pairs
 from tclib.training.fast.screening import Screen, bfloat16_hardware, exact
 from tclib.transcoder import Transcoder
@@ -33,16 +32,13 @@ class Active:
     def screen(self) -> Screen:
         return Screen(*self.transcoder.W_enc.T.shape)
 
-    @cached_property
-    def integers(self) -> IntegerScreen:
-        return IntegerScreen()
-
     def __call__(self, x: Float[Tensor, "token d_in"], screened: bool) -> tuple[Pairs, Float[Tensor, " pair"]]:
         t, c = self.transcoder, self.config
         if c.activation == "relu":
             return self._above(x, screened, torch.zeros_like(t.b_enc))
-        if c.activation == "jumprelu":
+        if t.threshold is not None and c.activation == "jumprelu":
             return self._above(x, screened, t.threshold - c.bandwidth / 2)
+        assert c.k is not None
         if c.activation == "topk":
             pairs, pre = self._above(x, screened, torch.zeros_like(t.b_enc), c.k)
             return _kept(pairs, pre, pairs.largest(pre, c.k))
@@ -61,39 +57,14 @@ class Active:
     ) -> tuple[Pairs, Tensor]:
         """Pairs with a pre-activation above the floor; with k, not all below their token's k-th largest."""
         W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
-        found = self._screened(x, floor, k) if screened else None
-        if found is None:
+        if screened and bfloat16_hardware():
+            pairs = Pairs.of(self.screen(x, W, b, floor, k).sort().values, len(W), len(x))
+            pre = pairs.dots(W, x) + b[pairs.feature]
+        else:
             key, pre = exact(x, W, b, floor, k)
             key, order = key.sort()
             pairs, pre = Pairs.of(key, len(W), len(x)), pre[order]
-        else:
-            key, level = found
-            pairs, pre = self._scored(key, x)
-            short = (torch.bincount(pairs.token[pre >= level[pairs.token]], minlength=len(x)) < (k or 0)) & (level > 0)
-            if short.any():  # the guessed levels were too high
-                pairs, pre = self._scored(self._completed(pairs, short, x, k), x)
         return _kept(pairs, pre, pre > floor[pairs.feature])
-
-    def _screened(self, x: Tensor, floor: Tensor, k: int | None) -> tuple[Tensor, Tensor] | None:
-        """Candidates and the levels down to which they are complete, from the fastest product that this processor has
-        and whose bound is tight; None if there is none."""
-        W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
-        found = self.integers(x, W, b, floor, k) if int8_hardware() else None
-        if found is None and bfloat16_hardware():
-            found = self.screen(x, W, b, floor, k), torch.zeros_like(x[:, 0])
-        return found
-
-    def _scored(self, key: Tensor, x: Tensor) -> tuple[Pairs, Tensor]:
-        W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
-        pairs = Pairs.of(key.sort().values, len(W), len(x))
-        return pairs, pairs.dots(W, x) + b[pairs.feature]
-
-    def _completed(self, pairs: Pairs, short: Bool[Tensor, " token"], x: Tensor, k: int) -> Int[Tensor, " pair"]:
-        """The candidates, and for some tokens those of the exact product: few, so that its cost does not matter."""
-        t, n, which = self.transcoder, len(x), short.nonzero().squeeze(1)
-        key, _ = exact(x[which], t.W_enc.T, t.b_enc, torch.zeros_like(t.b_enc), k)
-        key = key // len(which) * n + which[key % len(which)]
-        return torch.cat([pairs.feature * n + pairs.token, key]).unique()
 
 
 def _kept(pairs: Pairs, pre: Tensor, which: Tensor) -> tuple[Pairs, Tensor]:

@@ -20,6 +20,8 @@ with warnings.catch_warnings():  # torch says once that CSR is in beta
 class Pairs:
     """Pairs ordered by feature, then token: weights are larger than batches, so theirs are the rows read in order."""
 
+    z: Float[Tensor, " pair"]  # activations, where somebody has set them
+
     def __init__(self, feature: Int[Tensor, " pair"], token: Int[Tensor, " pair"], features: int, tokens: int):
         self.feature, self.token, self.shape = feature, token, (features, tokens)
         self.start = _starts(feature, features)

@@ -120,11 +120,12 @@ def _inputs(x: Float[Tensor, "token d_in"], width: int) -> tuple[Tensor, Float[T
 
 def _rounded(rows: Float[Tensor, "row d"], out: Tensor) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
     """Write rows as bfloat16; the lengths of what is written and of what is lost."""
-    lengths = []
+    written, missing = [], []
     for part, room in zip(rows.split(BLOCK), out.split(BLOCK), strict=True):
         kept = room.copy_(part).to(part)
-        lengths.append((torch.linalg.vector_norm(kept, dim=1), torch.linalg.vector_norm(kept - part, dim=1)))
-    return tuple(torch.cat(column) for column in zip(*lengths, strict=True))
+        written.append(torch.linalg.vector_norm(kept, dim=1))
+        missing.append(torch.linalg.vector_norm(kept - part, dim=1))
+    return torch.cat(written), torch.cat(missing)
 
 
 def _up(value: Tensor) -> Tensor:

@@ -86,7 +86,9 @@ class SparseTrainer(Trainer):
         """The pairs that take part, and what their features write."""
         t, c = self.transcoder, self.config
         pairs, pre = self.find(x, bool(self.density < c.screen_below))
-        threshold = t.threshold[pairs.feature] if c.activation == "jumprelu" else torch.zeros_like(pre)
+        threshold = torch.zeros_like(pre)
+        if t.threshold is not None and c.activation == "jumprelu":
+            threshold = t.threshold[pairs.feature]
         pairs.z = pre * (pre > threshold)
         return Found(pairs, pre, threshold, pairs.token_sums(pairs.z, t.W_dec.flatten(1)))
 
@@ -111,7 +113,7 @@ class SparseTrainer(Trainer):
             pairs, z, x, r, missed = self._with_dead(pairs, x, r, error)
             loss += missed
         pull = pairs.dots(W_dec, r)  # dL/dz
-        if c.activation == "jumprelu":
+        if t.threshold is not None and c.activation == "jumprelu":
             window = (pre - threshold).abs() < c.bandwidth / 2
             through = (threshold * pull + share * ramp * c.l0_coefficient) * window / -c.bandwidth
             _grad(t.threshold).zero_().index_add_(0, pairs.feature, through)
@@ -126,7 +128,7 @@ class SparseTrainer(Trainer):
         _grad(t.b_enc).zero_().index_add_(0, pairs.feature, pull)
         if c.activation == "relu" and not c.unit_norm:  # the cost grows with the length of the row
             paid = torch.zeros_like(t.b_enc).index_add_(0, pairs.feature, z) * cost
-            t.W_dec.grad.flatten(1).addcmul_(W_dec, (share * paid / W_dec.pow(2).sum(1))[:, None])
+            _grad(t.W_dec).flatten(1).addcmul_(W_dec, (share * paid / W_dec.pow(2).sum(1))[:, None])
         for p in self.adam.param_groups[0]["params"]:
             distributed.total(p.grad)
         return loss, count
@@ -182,9 +184,9 @@ def _grad(p: Tensor) -> Tensor:
     return p.grad
 
 
-def _turn(p: torch.nn.Parameter) -> None:
+def _turn(p: Tensor) -> None:
     """Transpose a parameter and its gradient where they are."""
-    grad, p.grad = p.grad, None
+    grad, p.grad = _grad(p), None
     p.data = p.data.T
     p.grad = grad.T
 

@@ -74,6 +74,7 @@ def two_tokens(
     """
     tried = f"the MLP run on {len(inputs)} inputs, each moved a little both ways along the SAE feature"
     norm, mlp = trace.block(layer).before_mlp, trace.model.blocks[layer].mlp
+    assert norm is not None
     step = 0.01 * inputs.norm(dim=1).mean() / written.norm()
     with torch.no_grad():
         up, down = (mlp((norm.gain * (inputs + s * written) + norm.bias)[None])[0] for s in (step, -step))

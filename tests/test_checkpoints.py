@@ -16,7 +16,7 @@ from safetensors import safe_open
 import tclib as tc
 from tclib import targets
 from tclib.activations import hook_in, hook_out
-from tclib.checkpoints import check_fit, load_frequencies, memory_plan
+from tclib.checkpoints import check_fit, memory_plan
 from tclib.model import layer_norms
 from tests import foreign
 from tests.tiny import make_model, make_transcoder
@@ -50,20 +50,6 @@ def test_the_papers_plain_sae_uses_its_bias_on_both_sides(tmp_path):
     (sae,) = load(tmp_path).values()
     same(sae(X), forward(X))
     assert sae.config.hook_in == sae.config.hook_out == hook_in(3)
-
-
-@pytest.mark.parametrize("as_dict", [False, True])
-@pytest.mark.parametrize("logarithm", [True, False])
-def test_frequencies(tmp_path, as_dict, logarithm):
-    foreign.original(tmp_path, 4)
-    (path,) = tmp_path.glob("*_log_feature_sparsity.pt")
-    log10 = torch.linspace(-6, -1, foreign.F)
-    values = log10 if logarithm else 10**log10
-    torch.save({"freqs": values} if as_dict else values, path)
-    torch.testing.assert_close(load_frequencies(tmp_path)[4], 10**log10)
-    path.unlink()
-    with pytest.raises(ValueError, match="log_feature_sparsity.pt is missing"):
-        load_frequencies(tmp_path)
 
 
 @pytest.mark.parametrize("kind", SAELENS)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tclib as tc
-from tclib.training.fast import active_pairs, int8, screening
+from tclib.training.fast import active_pairs, screening
 from tclib.training.fast.pairs import Pairs
 from tclib.training.fast.sparse_step import SparseTrainer, make_trainer
 from tclib.training.trainer import Trainer
@@ -23,8 +23,7 @@ KINDS = {
     "jumprelu": {"activation": "jumprelu", "bandwidth": 0.05, "l0": 0.01},
 }
 WIDTH, FEATURES, TOKENS = 24, 320, 300
-WAYS = {"exact": 0.0, "bfloat16": 1.0, "int8": 1.0}  # screen_below
-needs_int8 = pytest.mark.skipif(not int8.int8_hardware(), reason="this processor or torch has no fast int8")
+WAYS = {"exact": 0.0, "bfloat16": 1.0}  # screen_below
 
 
 def config(kind, **changes):
@@ -60,10 +59,10 @@ def twins(kind, dtype=torch.float64, **changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
-@pytest.mark.parametrize("way", ["exact", "bfloat16", pytest.param("int8", marks=needs_int8)])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["64", "32"])
 def test_gradients_are_those_of_the_dense_step(kind, skip, way, dtype, bound, monkeypatch):
-    monkeypatch.setattr(active_pairs, "int8_hardware", lambda: way == "int8")
+    monkeypatch.setattr(active_pairs, "bfloat16_hardware", lambda: True)
     plain, fast = twins(kind, dtype, skip=skip, screen_below=WAYS[way])
     x, y = plain.scaled(*data(dtype, seed=1))
     for dead in (False, True):
@@ -260,107 +259,6 @@ def test_screening_names_few_pairs_in_vain():
     assert len(screening.Screen(4096, 768)(x, weights, best, floor, k=8)) < 4 * 8 * len(x)
 
 
-@needs_int8
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 10**6), tokens=st.integers(1, 300), scale=st.floats(-4, 4), bias=st.floats(-4, 4),
-    uneven=st.floats(0, 3), d=st.sampled_from([3, 40, 130]), loose=st.booleans(),
-)  # fmt: skip
-def test_integers_miss_no_pair_or_say_that_they_cannot(seed, tokens, scale, bias, uneven, d, loose):
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, d, generator=draw) * 10 ** (uneven * torch.randn(tokens, 1, generator=draw))
-    weights = torch.randn(70, d, generator=draw) * 10 ** (scale + uneven * torch.randn(70, 1, generator=draw))
-    weights[seed % 70], x[seed % tokens] = 0, 0
-    b = torch.randn(70, generator=draw) * 10 ** (scale + bias)
-    floor = torch.randn(70, generator=draw).abs() * 10 ** (scale + bias)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8, "ROOM", 1000)  # many blocks
-        if loose:  # bounds of any width are bounds
-            patch.setattr(int8, "LOOSE", 1e9)
-        found = int8.IntegerScreen()(x, weights, b, floor)
-    if found is None:
-        return
-    key, level = found
-    assert not level.any()
-    assert (key.diff() > 0).all()
-    wanted = (x.double() @ weights.double().T + b.double()).T > floor[:, None]
-    assert not set(wanted.flatten().nonzero().squeeze(1).tolist()) - set(key.tolist())
-    assert not set(screening.exact(x, weights, b, floor)[0].tolist()) - set(key.tolist())
-
-
-@needs_int8
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 10**6), tokens=st.integers(1, 300), scale=st.floats(-4, 4), bias=st.floats(-4, 1),
-    uneven=st.floats(0, 1), k=st.integers(1, 9),
-)  # fmt: skip
-def test_integers_name_all_pairs_above_the_level_of_their_token(seed, tokens, scale, bias, uneven, k):
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, 40, generator=draw) * 10 ** (uneven * torch.randn(tokens, 1, generator=draw))
-    weights = torch.randn(70, 40, generator=draw) * 10 ** (scale + uneven * torch.randn(70, 1, generator=draw))
-    b = torch.randn(70, generator=draw) * 10 ** (scale + bias)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8, "LOOSE", 1e9)
-        patch.setattr(int8, "ROOM", 1000)
-        found = int8.IntegerScreen()(x, weights, b, torch.zeros(70), k)
-    if found is None:
-        return
-    key, level = found
-    pre = (x.double() @ weights.double().T + b.double()).T
-    wanted = (pre >= level) & (pre > 0)
-    assert not set(wanted.flatten().nonzero().squeeze(1).tolist()) - set(key.tolist())
-
-
-@needs_int8
-@pytest.mark.parametrize("bound", [-3.0, 0.0, 3.0])
-def test_topk_is_right_even_where_the_guessed_level_is_not(bound, monkeypatch):
-    """A level that is too high, so that tokens have to be looked at again."""
-    largest, again = int8.IntegerScreen._largest, []
-    monkeypatch.setattr(int8.IntegerScreen, "_largest", lambda s, t, f, b, k: largest(s, t, f, bound * b, k))
-    exact = active_pairs.exact
-    monkeypatch.setattr(active_pairs, "exact", lambda x, *rest: again.append(len(x)) or exact(x, *rest))
-    plain, fast = twins("topk", torch.float32, screen_below=1.0)
-    x, y = plain.scaled(*data(torch.float32, seed=1))
-    (_, z), (_, pairs) = plain.gradients(x, y), fast.gradients(x, y)
-    dense = torch.zeros_like(z).index_put((pairs.token, pairs.feature), pairs.z)
-    torch.testing.assert_close(dense, z, rtol=1e-5, atol=1e-5)
-    assert bool(again) == (bound <= 0), again
-
-
-@needs_int8
-def test_integers_name_few_pairs_in_vain_and_leave_outlying_rows_to_bfloat16():
-    draw = torch.Generator().manual_seed(0)
-    x, weights = torch.randn(256, 768, generator=draw), torch.randn(4096, 768, generator=draw) / 768**0.5
-    b, floor = torch.full((4096,), -2.88), torch.zeros(4096)
-    few = len(screening.exact(x, weights, b, floor)[0])
-    assert few <= len(int8.IntegerScreen()(x, weights, b, floor)[0]) < 5 * few
-    many, level = int8.IntegerScreen()(x, weights, torch.zeros(4096), floor, k=8)
-    assert 8 * len(x) <= len(many) < 8 * 8 * len(x)
-    assert ((x @ weights.T >= level[:, None]).sum(1) >= 8).float().mean() > 0.99  # few tokens are looked at twice
-    x[:, 7] *= 30
-    assert int8.IntegerScreen()(x, weights, b, floor) is None
-
-
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), d=st.integers(1, 60), common=st.booleans(), scale=st.floats(-6, 6))
-def test_sums_of_integers_are_never_below_the_product(seed, d, common, scale):
-    """Rows whose entries lie just before the middle of two integers, read by inputs that add all that is lost."""
-    draw = torch.Generator().manual_seed(seed)
-    whole = torch.randint(-120, 121, (30, d), generator=draw).float()
-    weights = whole + 0.4999 * torch.where(whole < 0, -1, 1)
-    weights[:, 0] = 127
-    x = torch.cat([(weights - weights.round()).sign(), torch.randn(30, d, generator=draw)])
-    weights, x = weights * 10**scale, x + 0.1 * torch.randn(x.shape, generator=draw)
-    b, floor = (torch.randn(30, generator=draw) * 10**scale for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8, "LOOSE", 1e9)
-        t, w = int8.rounded(x), int8.rounded(weights, common)
-        tokens, features = int8._operands(t, w, b, floor)
-    units = torch.outer(t.scale.double(), w.scale.double())
-    pre = x.double() @ weights.double().T + b.double() - floor.double()
-    assert (tokens.double() @ features.double().T >= pre / units).all()
-
-
 def test_equal_values_are_kept_in_the_order_of_features_whatever_else_is_there():
     for extra in range(6):
         value = torch.tensor([0.5, 1.0, 1.0] + [0.1] * extra)
@@ -369,40 +267,10 @@ def test_equal_values_are_kept_in_the_order_of_features_whatever_else_is_there()
         assert pairs.largest(value, 2).nonzero().flatten().tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("missing", ["int8_hardware", "bfloat16_hardware"])
-def test_one_kind_of_hardware_is_enough(missing, monkeypatch):
-    if missing == "bfloat16_hardware" and not int8.int8_hardware():
-        pytest.skip("this processor or torch has no fast int8")
-    monkeypatch.setattr(active_pairs, "int8_hardware", int8.int8_hardware)
-    monkeypatch.setattr(active_pairs, "bfloat16_hardware", lambda: True)
-    monkeypatch.setattr(active_pairs, missing, lambda: False)
-    monkeypatch.setattr(active_pairs, "exact", None)  # would fail if it were used
-    plain, fast = twins("relu", torch.float32, screen_below=1.0)
-    x, y = plain.scaled(*data(torch.float32))
-    assert plain.gradients(x, y)[0][2] == fast.gradients(x, y)[0][2]
-
-
-@needs_int8
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), low=st.floats(-3, 3), high=st.floats(-3, 3), up=st.booleans())
-def test_products_of_coordinates_are_on_the_safe_side(seed, low, high, up):
-    draw = torch.Generator().manual_seed(seed)
-    u, v = (10 ** (low + (high - low) * torch.rand(50, generator=draw)) for _ in range(2))
-    v[seed % 50] = 0
-    pair = int8._coordinates(u, v, up)
-    if pair is not None:
-        tokens, features = (side.double() for side in pair)
-        true = torch.outer(u.double(), v.double())
-        excess = tokens @ features.T - (true if up else -true)
-        assert (excess >= 0).all()
-        assert (excess <= 0.02 * true.max() + 0.02 * true + tokens.shape[1] * 127).all()
-
-
 def test_without_the_hardware_the_product_is_exact(monkeypatch):
     plain, fast = twins("relu", torch.float32, screen_below=1.0)
     fast.find.screen = None  # would fail if it were used
     monkeypatch.setattr(active_pairs, "bfloat16_hardware", lambda: False)
-    monkeypatch.setattr(active_pairs, "int8_hardware", lambda: False)
     x, y = plain.scaled(*data(torch.float32))
     (loss, _, count), _ = plain.gradients(x, y)
     (loss2, _, count2), _ = fast.gradients(x, y)

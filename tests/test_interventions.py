@@ -90,13 +90,12 @@ def test_the_model_is_restored_also_after_an_error(model, tokens):
 
 
 @pytest.mark.parametrize("positions", [-1, slice(2, 5), [1, 3, 6]], ids=str)
-def test_set_scale_and_remove_at_chosen_positions_of_many_prompts(model, tokens, positions):
-    transcoder, factor = make_transcoder(0), 1.5
+def test_set_and_remove_at_chosen_positions_of_many_prompts(model, tokens, positions):
+    transcoder = make_transcoder(0)
     x, y = outputs(model, tokens, [], hook_in(0)), outputs(model, tokens, [], hook_out(0))
     z = transcoder.encode(x)[..., [7, 9]]
     for hooks, new in (
         (interventions.set_features(0, transcoder, [7, 9], 2.0, positions), torch.full_like(z, 2.0)),
-        (interventions.scale_features(0, transcoder, [7, 9], factor, positions), factor * z),
         (interventions.set_features(0, transcoder, [7, 9], 0.0, positions), torch.zeros_like(z)),
     ):
         expected = y.clone()

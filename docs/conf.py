@@ -1,0 +1,34 @@
+"""Sphinx's settings for `make docs`: the committed notebooks and the pages of docs/, as a website without scripts from
+elsewhere."""
+
+from __future__ import annotations
+
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
+
+project = html_title = "Transcoder Circuits"
+extensions = ["myst_nb"]
+root_doc = "docs/index"
+# The repository itself is the source, so the links of its pages are those of the site.
+include_patterns = ["notebooks/*.ipynb", "docs/*.md", "*.md", "benchmarks/README.md"]
+exclude_patterns = [".*", "build", "runs", "checkpoints", "data", "tclib", "tests", "**/.ipynb_checkpoints"]
+nb_execution_mode = "off"  # what is shown is what was committed
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_copy_source = False
+html_math_renderer = "mathml"  # which browsers know by themselves
+
+
+def setup(app) -> None:
+    """Add the renderer of formulas."""
+    app.add_html_math_renderer("mathml", (_written("inline"), None), (_written("block"), None))
+
+
+def _written(display: str):
+    def visit(translator, node) -> None:
+        translator.body.append(convert(node.astext(), display=display))
+        raise SkipNode
+
+    return visit
