@@ -14,7 +14,12 @@ from tests.conftest import COMMITTED
 
 # notebook -> parameters that change what it shows and keep it quick
 SECOND_SET: dict[str, dict[str, Any]] = {
-    "00_start_here": {"prompt": "The siege lasted from the year 1545 to the year 15", "start": 45},
+    "00_start_here": {
+        "prompt": "The siege lasted from the year 1545 to the year 15",
+        "start": 45,
+        "other": 60,
+        "rows": 24,
+    },
     "02_evaluate_transcoders": {"layer": 0, "rows": 8, "steps": 15, "seed": 1},
     "03_read_features": {"layer": 1, "rows": 48, "seed": 1},
     "04_circuits_from_weights": {
@@ -32,6 +37,16 @@ SECOND_SET: dict[str, dict[str, Any]] = {
     },
     "01_train_transcoders": {
         "layers": [0],
+        "text": "sampled",
+        "rows": 256,
+        "d_features": 256,
+        "l1": 0.1,
+        "front": [0.01],
+        "steps": 20,
+        "seed": 1,
+    },
+    "01b_training_in_depth": {
+        "layer": 0,
         "text": "sampled",
         "rows": 256,
         "d_features": 256,

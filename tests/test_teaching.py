@@ -20,10 +20,10 @@ from nbclient import NotebookClient
 import tclib as tc
 from tclib import interventions, targets
 from tclib.blind import rules
-from tclib.cli import bootstrap, teach
+from tclib.cli import bootstrap, serve, teach
 from tclib.cli.prepare import has_smollm2, own_model
 from tclib.nb.teaching import checks, report, students
-from tclib.nb.teaching.verdict import NotYet, judge
+from tclib.nb.teaching.verdict import NotYet, answered, judge
 from tclib.tasks import greater_than as gt
 from tests.conftest import COMMITTED, REPO
 from tests.tiny import make_transcoder
@@ -35,6 +35,12 @@ PARTS = ("tried:", "expected:", "came back:", "usual cause:")
 
 def relu(x):
     return x.clamp(min=0)
+
+
+def transcoded(x, y, W, b, V, c, l1, act=relu, over=torch.sum):
+    z = act(torch.addmm(b, x, W))
+    imitation = torch.addmm(c, z, V)
+    return z, imitation, over((y - imitation).square(), -1).mean() + l1 * z.sum(-1).mean()
 
 
 def fvu(y, imitation):
@@ -86,25 +92,17 @@ def by_kind(y, kind, middle=lambda rows: rows.mean(0)):
 
 # check -> the right answer, and wrong ones with a word of the message that each must get
 ANSWERS: dict[str, tuple[Callable, dict[str, Any]]] = {
-    "forward": (
-        lambda x, W, b, V, c: torch.addmm(c, torch.addmm(b, x, W).clamp(min=0), V),
+    "transcoder": (
+        lambda *given: transcoded(*given),
         {
-            "no ReLU": lambda x, W, b, V, c: (x @ W + b) @ V + c,
-            "b_enc is missing": lambda x, W, b, V, c: relu(x @ W) @ V + c,
-            "b_dec is missing": lambda x, W, b, V, c: relu(x @ W + b) @ V,
-            "output has a ReLU": lambda x, W, b, V, c: relu(relu(x @ W + b) @ V + c),
-            "that is z": lambda x, W, b, V, c: relu(x @ W + b),
-            "added after the ReLU": lambda x, W, b, V, c: (relu(x @ W) + b) @ V + c,
-        },
-    ),
-    "fold": (
-        lambda b_in, W, b: b - (b_in[:, None] * W).sum(0),
-        {
-            "sign": lambda b_in, W, b: b + b_in @ W,
-            "old b_enc is lost": lambda b_in, W, b: -b_in @ W,
-            "unchanged": lambda b_in, W, b: b,
-            "b_in itself": lambda b_in, W, b: b_in,
-            "multiply out": lambda b_in, W, b: b - b_in.sum(),
+            "no ReLU": lambda *given: transcoded(*given, act=lambda a: a),
+            "b_enc is missing": lambda x, y, W, b, V, c, l1: transcoded(x, y, W, 0 * b, V, c, l1),
+            "b_dec is missing": lambda x, y, W, b, V, c, l1: transcoded(x, y, W, b, V, 0 * c, l1),
+            "has no penalty": lambda x, y, W, b, V, c, l1: transcoded(x, y, W, b, V, c, 0.0),
+            "mean over all coordinates": lambda *given: transcoded(*given, over=torch.mean),
+            "loss alone": lambda *given: transcoded(*given)[2],
+            "sum over all tokens": lambda *given: (*transcoded(*given)[:2], 5 * transcoded(*given)[2]),
+            "the order": lambda *given: transcoded(*given)[::-1],
         },
     ),
     "dodge": (
@@ -470,8 +468,15 @@ def test_nothing_returned_and_nothing_written(name):
 
 def test_an_error_in_the_answer_keeps_its_traceback():
     with pytest.raises(RuntimeError) as failure:
-        checks.forward(lambda x, W, b, V, c: x @ V)
-    assert "your transcoder on 5 inputs" in failure.value.__notes__[0]
+        checks.transcoder(lambda x, y, W, b, V, c, l1: x @ V)
+    assert "on 5 inputs of width 4" in failure.value.__notes__[0]
+
+
+def test_a_reader_s_answer_is_used_once_it_is_written():
+    def blank(a):
+        raise NotImplementedError
+
+    assert answered(blank, lambda a: a + 1)(1) == 2 and answered(lambda a: 10 * a, blank)(1) == 10
 
 
 def test_judge_on_odd_answers():
@@ -682,9 +687,23 @@ def test_student_copy_differs_only_at_exercises(path):
     nbformat.validate(made)
 
 
+def found_diagrams(notebooks):
+    """How many diagrams the prose of notebooks shows; each must be there, seen from its notebook's folder."""
+    found = [(p, d) for p in notebooks for d in re.findall(r"\]\(([^)\s]*\.svg)\)", p.read_text(encoding="utf-8"))]
+    assert all((path.parent / diagram).is_file() for path, diagram in found)
+    return len(found)
+
+
+def test_diagrams_are_found_from_every_folder(tmp_path):
+    serve.copy(REPO / "notebooks", tmp_path / "runs" / "mine")
+    copied = sorted((tmp_path / "runs" / "mine").glob("*.ipynb"))
+    assert len(copied) == len(COMMITTED) and found_diagrams(copied) == found_diagrams(COMMITTED) > 0
+
+
 def test_copies_are_written_where_there_are_exercises(tmp_path):
     written = students.write_copies(REPO / "notebooks", tmp_path / "student")
     assert [path.name for path in written] == [path.name for path in TAUGHT]
+    assert found_diagrams(written)
     sources = students.write_grading_sources(REPO / "notebooks", tmp_path / "course")
     assert sources[0] == tmp_path / "course/source" / TAUGHT[0].stem / TAUGHT[0].name
     text = sources[0].read_text(encoding="utf-8")
@@ -764,7 +783,7 @@ def references(page: str) -> list[str]:
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_report_needs_nothing_from_outside(path):
     notebook = nbformat.read(path, 4)
-    page = report.render(notebook)
+    page = report.render(notebook, path.name, path.parent)
     assert references(page) == []
     figures = sum("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", ()))
     images = re.findall(r"<img\b[^>]*>", page)

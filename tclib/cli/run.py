@@ -18,7 +18,7 @@ from typing import Any
 from tclib.cli.bootstrap import REPO, disk_sentence
 from tclib.cli.peak import Peak
 from tclib.cli.prepare import Refused, own_model, prepare
-from tclib.io.paths import read_text
+from tclib.io.paths import read_text, with_diagrams
 from tclib.nb import (
     Parameter,
     ParameterError,
@@ -230,7 +230,9 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
         problem = f"FAILED {why(error)}"
     seconds = time.monotonic() - start
     if problem is None:
-        executed = json.loads(target.read_text(encoding="utf-8"))
+        text = with_diagrams(target.read_text(encoding="utf-8"), source.parent, target.parent)
+        target.write_text(text, encoding="utf-8", newline="\n")
+        executed = json.loads(text)
         headline = find_headline(executed) or "no headline"
         return Result(source.stem, seconds, peak.gigabytes, headline, target, failed=False)
     return Result(source.stem, seconds, peak.gigabytes, problem, target, failed=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tclib.cli.bootstrap import REPO, wait
+from tclib.io.paths import with_diagrams
 
 EXPLORED = "08_your_prompt_your_model.ipynb"
 # A browser then asks nothing of any other machine, whatever the page, its template or a label in it refers to.
@@ -57,7 +58,8 @@ def copy(notebooks: Path, folder: Path) -> None:
     try:
         part.mkdir(parents=True)
         for path in sorted(notebooks.glob("*.ipynb")):
-            shutil.copy(path, part)
+            copied = with_diagrams(path.read_text(encoding="utf-8"), notebooks, folder)
+            (part / path.name).write_text(copied, encoding="utf-8", newline="\n")
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -27,6 +27,12 @@ def data_path(*parts: str) -> Path:
     return path
 
 
+def with_diagrams(notebook: str, notebooks: Path, folder: Path) -> str:
+    """The text of a notebook from ``notebooks``, with its links to ``../docs`` as they are seen from ``folder``."""
+    docs = os.path.relpath(notebooks.parent / "docs", folder).replace(os.sep, "/")
+    return notebook.replace("](../docs/", f"]({docs}/")
+
+
 def decoded(content: bytes, path: Path) -> str:
     """Text of a file in UTF-8, whatever the platform's encoding; a byte order mark is no part of it.
 

@@ -6,12 +6,14 @@ installed, the same page is printed to PDF.
 
 from __future__ import annotations
 
+import base64
 import copy
 import html
 import os
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -39,13 +41,13 @@ def write_report(notebook: Path, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{notebook.stem}.html"
-    write_whole(page, render(nbformat.read(notebook, as_version=4), notebook.name).encode())
+    write_whole(page, render(nbformat.read(notebook, as_version=4), notebook.name, notebook.parent).encode())
     browser = chromium()
     return [page, print_pdf(browser, page)] if browser else [page]
 
 
-def render(notebook: NotebookNode, name: str = "the notebook") -> str:
-    """The page.
+def render(notebook: NotebookNode, name: str = "the notebook", folder: Path = Path()) -> str:
+    """The page. Images that the prose names are looked for from ``folder`` and put inside.
 
     Raises:
         NotExecuted: a code cell was never run, or ended with an error.
@@ -56,7 +58,7 @@ def render(notebook: NotebookNode, name: str = "the notebook") -> str:
     # Jupyter's own colours for code are variables of a style sheet that is not loaded here.
     exporter = HTMLExporter(template_name="basic", exclude_anchor_links=True)
     exporter.register_preprocessor(CSSHTMLHeaderPreprocessor(style="default"), enabled=True)
-    exporter.register_filter("markdown2html", to_html)
+    exporter.register_filter("markdown2html", partial(to_html, folder=folder))
     body, resources = exporter.from_notebook_node(notebook)
     heading = re.search(r"^# (.+)$", "\n".join(cell.source for cell in notebook.cells), re.MULTILINE)
     title = html.escape(heading[1] if heading else name)
@@ -91,9 +93,10 @@ def describe_figures(notebook: NotebookNode) -> None:
                 output.metadata.setdefault("image/png", {}).setdefault("alt", prose[:1000])
 
 
-def to_html(markdown: str) -> str:
-    """Markdown with its formulas as MathML."""
-    return MarkdownWithMath(renderer=_Offline(escape=False, exclude_anchor_links=True)).render(markdown)
+def to_html(markdown: str, folder: Path = Path()) -> str:
+    """Markdown with its formulas as MathML and its images inside."""
+    renderer = _Offline(escape=False, exclude_anchor_links=True, path=str(folder))
+    return MarkdownWithMath(renderer=renderer).render(markdown)
 
 
 def chromium() -> str | None:
@@ -131,4 +134,7 @@ class _Offline(IPythonRenderer):
     def image(self, text: str, url: str, title: str | None = None) -> str:
         if url.startswith(("http:", "https:")):
             return html.escape(text)
+        # nbconvert embeds only what lies below the notebook's folder; our diagrams are beside it.
+        if url.endswith(".svg") and (file := Path(self.path) / url).is_file():
+            url = f"data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()}"
         return super().image(text, url, title)

@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from tclib.io.paths import write_whole
+from tclib.io.paths import with_diagrams, write_whole
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
@@ -122,7 +122,7 @@ def _written(notebooks: Path, target: Callable[[str], Path], make: Callable) -> 
         if exercises(notebook):
             new = target(path.name)
             new.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(new, f"{nbformat.writes(make(notebook))}\n".encode())
+            write_whole(new, f"{with_diagrams(nbformat.writes(make(notebook)), notebooks, new.parent)}\n".encode())
             yield new
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any, NoReturn
 
 import numpy as np
@@ -47,6 +48,19 @@ def call(answer: Callable | Any, tried: str, *arguments: Any) -> Any:
     except Exception as error:
         error.add_note(f"The check tried {tried}; the error is in the function that it was given.")
         raise
+
+
+def answered(mine: Callable, ours: Callable) -> Callable:
+    """A reader's function where it is written, and ours until then: what a notebook computes with, so that it runs."""
+
+    @wraps(mine)
+    def either(*arguments: Any) -> Any:
+        try:
+            return mine(*arguments)
+        except NotImplementedError:
+            return ours(*arguments)
+
+    return either
 
 
 def judge(

@@ -20,7 +20,7 @@ from tclib.nb.teaching.checks.check_greater_than import (
 )
 from tclib.nb.teaching.checks.check_routes import both_orders, integrated, visible_part
 from tclib.nb.teaching.checks.check_search import attention_moves, path_contribution, removal
-from tclib.nb.teaching.checks.check_training import best_activation, dodge, fold, forward
+from tclib.nb.teaching.checks.check_training import best_activation, dodge, transcoder
 
 __all__ = [
     "attention_moves",
@@ -34,8 +34,6 @@ __all__ = [
     "dodge",
     "equal_width",
     "fair_start",
-    "fold",
-    "forward",
     "fvu_in_pieces",
     "imitated",
     "integrated",
@@ -55,6 +53,7 @@ __all__ = [
     "right_digits",
     "through_head",
     "tokens_needed",
+    "transcoder",
     "two_shares",
     "two_tokens",
     "visible_part",
