@@ -16,7 +16,7 @@ def transcoder(answer: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
     Expected: loops over single numbers.
     """
     x, y, W_enc, b_enc, W_dec, b_dec = given = _random((5, 4), (5, 3), (4, 6), (6,), (6, 3), (3,))
-    l1, tried = 0.3, "loss, imitation and z on 5 inputs of width 4, with 6 features, joined"
+    l1, tried = 0.25, "loss, imitation and z on 5 inputs of width 4, with 6 features, joined"
     z, imitation = [], []
     for row in x.tolist():
         z.append([max(0.0, _dot(row, column) + b) for column, b in zip(W_enc.T.tolist(), b_enc.tolist(), strict=True)])
