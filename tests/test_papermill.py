@@ -67,6 +67,16 @@ SECOND_SET: dict[str, dict[str, Any]] = {
     "10_other_routes_to_the_circuit": {"nouns": ["truce"], "century": 15, "every": 24, "steps": 2, "seed": 1},
     "12_one_dictionary_for_all_layers": {"rows": 8, "train_steps": 12, "draws": 3, "seed": 1},
     "11_other_dictionaries": {"layer": 1, "units": 128, "k": 8, "steps": 8, "rows": 32, "draws": 3, "seed": 1},
+    "11b_if_one_knew_what_to_look_for": {
+        "layer": 1,
+        "units": 128,
+        "k": 8,
+        "steps": 8,
+        "rows": 32,
+        "draws": 3,
+        "seed": 1,
+    },
+    "13_after_the_paper": {"prompts": 4, "rows": 16, "draws": 3, "seed": 1},
     "07_sweep_report": {"metric": "kl", "k": [4], "d_features": 32, "steps": 4, "seed": 1},
     "09_a_real_model": {"nouns": ["truce", "lease"], "centuries": [15, 17], "tens": [4], "draws": 2, "seed": 1},
     "06_greater_than": {

@@ -43,7 +43,7 @@ def nodes(nb):
 
 
 def logits(nb, hooks):
-    return nb["answer"](nb["chosen"], hooks)
+    return nb["chosen"].answer(hooks)
 
 
 def test_nodes_before_the_year_say_the_same_in_every_prompt(nb):
@@ -73,13 +73,13 @@ def test_slopes_are_what_a_small_step_changes(nb, data):
     for step in (-0.02, 0.02):
         gates = nb["every_gate"].clone()
         gates[node] += step
-        ends.append(nb["log_odds"](chosen, logits(nb, nb["gated"](chosen, gates))).mean())
+        ends.append(chosen.log_odds(logits(nb, nb["gated"](chosen, gates))).mean())
     assert abs((ends[1] - ends[0]) / 0.04 - slopes[node]) < 0.02 * slopes.abs().max()
 
 
 def test_integrated_gradients_are_complete_and_nearer_with_more_points(nb):
     chosen, gaps = nb["chosen"], []
-    ends = [nb["log_odds"](chosen, logits(nb, nb["gated"](chosen, nb["every_gate"] * a))).mean() for a in (0.0, 1.0)]
+    ends = [chosen.log_odds(logits(nb, nb["gated"](chosen, nb["every_gate"] * a))).mean() for a in (0.0, 1.0)]
     for steps in (1, 16):
         total = sum(nb["slopes"](nodes_at=(i + 0.5) / steps)[0].sum() for i in range(steps)) / steps
         gaps.append(abs(total - (ends[1] - ends[0])).item())
@@ -126,7 +126,7 @@ def test_cdt_with_biases_left_is_patching_with_patterns_and_scales_held(nb, data
     gates, chosen = nb["every_gate"].clone(), nb["chosen"]
     gates[node] = 0
     held = interventions.freeze(nb["cache"], ["patterns", "scales"])
-    patched = nb["log_odds"](chosen, logits(nb, [*held, *nb["gated"](chosen, gates)])).mean()
+    patched = chosen.log_odds(logits(nb, [*held, *nb["gated"](chosen, gates)])).mean()
     assert abs(nb["m"].mean() - patched - nb["left_to_rest"][node]) < 2e-3 + 1e-3 * abs(nb["left_to_rest"][node])
 
 
@@ -174,7 +174,7 @@ def test_scores_from_weights_are_linear_in_what_was_written(nb):
     rules = [hook for layer in range(nb["depth"]) for hook in nb["by_transcoder"](layer)]
     rules += [*nb["norm_rule"], *nb["bilinear_rule"], (out, lambda y, hook: y + reader)]
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(nb["log_odds"](chosen, logits(nb, rules)).mean(), reader)
+        (slope,) = torch.autograd.grad(chosen.log_odds(logits(nb, rules)).mean(), reader)
     moved = slope * (nb["cache"][out] - chosen.means[out])
     of_nodes, of_features = nb["ours"]
     assert torch.allclose(moved.sum((0, 2)), of_nodes[nb["key"], :, -1], atol=1e-3)

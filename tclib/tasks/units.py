@@ -165,6 +165,14 @@ def kl_kept(
     return np.stack([gt.kl_to(whole, last.answers({hook: units.output(order[:k])})).numpy() for k in ks])
 
 
+def duel(
+    last: LastToken, layer: int, transcoder: Transcoder, ks: Sequence[int]
+) -> tuple[dict[str, Float[np.ndarray, "k prompt"]], dict[str, Units]]:
+    """`kl_kept` of features and of neurons, each in the order of what they write, and the two groups of units."""
+    groups = {"features": Units.of(last, layer, transcoder), "neurons": Units.of(last, layer)}
+    return {kind: kl_kept(last, group, ranked(group.written()), ks) for kind, group in groups.items()}, groups
+
+
 def random_band(last: LastToken, units: Units, ks: Sequence[int], draws: int = 20, seed: int = 0) -> pd.DataFrame:
     """Mean KL with k random units live: ``low``, ``median`` and ``high`` over the draws, one row for each k."""
     means = np.stack([kl_kept(last, units, shuffled(units, seed + i), ks).mean(1) for i in range(draws)])

@@ -3,10 +3,11 @@
 The functions below are all that notebooks use; a module has those of one notebook.
 """
 
+from tclib.nb.teaching.checks.check_after import error_share
 from tclib.nb.teaching.checks.check_blind import blind_rule, keys_too, moved_rule
 from tclib.nb.teaching.checks.check_circuits import invariant, through_head, two_tokens
 from tclib.nb.teaching.checks.check_cross_layer import cross_removal, equal_width, imitated
-from tclib.nb.teaching.checks.check_dictionaries import code_bits, label_fvu, orthogonal_pursuit
+from tclib.nb.teaching.checks.check_dictionaries import label_fvu, orthogonal_pursuit
 from tclib.nb.teaching.checks.check_evaluation import auroc, fvu_in_pieces, paired_interval, recovered_from_mean
 from tclib.nb.teaching.checks.check_features import promoted, tokens_needed, two_shares
 from tclib.nb.teaching.checks.check_greater_than import (
@@ -14,11 +15,9 @@ from tclib.nb.teaching.checks.check_greater_than import (
     fair_start,
     keep_live,
     moving_head,
-    one_reading,
-    right_digits,
     warmer,
 )
-from tclib.nb.teaching.checks.check_routes import both_orders, integrated, visible_part
+from tclib.nb.teaching.checks.check_routes import integrated, visible_part
 from tclib.nb.teaching.checks.check_search import attention_moves, path_contribution, removal
 from tclib.nb.teaching.checks.check_training import best_activation, dodge, transcoder
 
@@ -28,11 +27,10 @@ __all__ = [
     "backward_difference",
     "best_activation",
     "blind_rule",
-    "both_orders",
-    "code_bits",
     "cross_removal",
     "dodge",
     "equal_width",
+    "error_share",
     "fair_start",
     "fvu_in_pieces",
     "imitated",
@@ -43,14 +41,12 @@ __all__ = [
     "label_fvu",
     "moved_rule",
     "moving_head",
-    "one_reading",
     "orthogonal_pursuit",
     "paired_interval",
     "path_contribution",
     "promoted",
     "recovered_from_mean",
     "removal",
-    "right_digits",
     "through_head",
     "tokens_needed",
     "transcoder",

@@ -1,10 +1,9 @@
-"""Checks of notebook 11: other dictionaries."""
+"""Checks of notebooks 11 and 11b: other dictionaries, and a dictionary that knows the labels."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -48,30 +47,8 @@ def orthogonal_pursuit(answer: Callable[[Tensor, Tensor, int], Float[Tensor, " u
     judge(tried, call(answer, tried, y, D, k), expected, mistakes, cause)
 
 
-def code_bits(answer: Callable[[int, int, int], tuple[float, float]]) -> None:
-    """Exercise 11.2, bits for the code of one token: TopK, then a codebook. Expected: all codes of a small dictionary
-    are listed and counted."""
-    n, k, bits = 12, 3, 4
-    tried = "12 units, 3 of them active, 4 bits for an amplitude"
-    ways = len(list(combinations(range(n), k)))
-    spelt = len({(a, b, c) for a in range(n // k) for b in range(n // k) for c in range(n // k)})
-    expected = [np.log2(ways * (2**bits) ** k), np.log2(spelt)]
-    topk, book = expected
-    mistakes = {
-        "natural logarithms: bits are logarithms to the base 2": [topk * np.log(2), book * np.log(2)],
-        "the amplitudes of TopK are missing": [topk - k * bits, book],
-        "one amplitude for all: each active unit has its own": [topk - (k - 1) * bits, book],
-        "the units of TopK have no order, so fewer codes differ": [k * np.log2(n) + k * bits, book],
-        "each book has n // k codes, not n": [topk, k * np.log2(n)],
-        "a codebook has no amplitudes": [topk, book + k * bits],
-        "the order: TopK first": expected[::-1],
-    }
-    cause = "count the codes that differ, then take log2; amplitudes add `bits` each"
-    judge(tried, call(answer, tried, n, k, bits), expected, mistakes, cause)
-
-
 def label_fvu(answer: Callable[[Tensor, Tensor], float]) -> None:
-    """Exercise 11.3, what is left unexplained if each token is answered by the mean of its kind, from ``y, kind``.
+    """Exercise 11b.1, what is left unexplained if each token is answered by the mean of its kind, from ``y, kind``.
 
     Expected: a least-squares fit of `y` by one column per kind.
     """

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -139,45 +137,8 @@ def warmer(answer: Callable[[Tensor, float], Tensor]) -> None:
     )
 
 
-def right_digits(answer: Any) -> None:
-    """Exercise 09.1, which of ten digits are right, from ``YY, asks``. Expected: whether a later year begins so."""
-    tried = "YY = 32 and 57, asked for their units and for their tens"
-    cases = [(YY, asks) for asks in ("units", "tens") for YY in (32, 57)]
-
-    def later(YY: int, asks: str) -> list[bool]:
-        starts = [f"{YY // 10}{d}" if asks == "units" else f"{d}" for d in range(10)]
-        return [any(f"{year:02d}".startswith(start) for year in range(YY + 1, 100)) for start in starts]
-
-    def digits(units: int, tens: int) -> Tensor:
-        d = torch.arange(10)
-        return torch.stack(
-            [d >= (YY % 10 + units if asks == "units" else YY // 10 + tens) for YY, asks in cases]
-        ).double()
-
-    mistakes = {
-        "for the tens, the digit itself is right as well: 1735 comes after 1732": digits(1, 1),
-        "for the units, the digit itself is wrong: the year would be the same": digits(0, 0),
-        "the two are exchanged: the units must be greater, the tens may be equal": digits(0, 1),
-        "those are the wrong digits": 1 - digits(1, 0),
-    }
-    if callable(answer):
-        given = [call(answer, tried, *case) for case in cases]
-        if all(one is not None for one in given):
-            given = [torch.as_tensor(one).double() for one in given]
-            answer = torch.stack(given) if len({g.shape for g in given}) == 1 else given
-        else:
-            answer = None
-    judge(
-        tried,
-        answer,
-        [[float(r) for r in later(*case)] for case in cases],
-        mistakes,
-        "which digits can a later year go on with?",
-    )
-
-
 def fair_start(answer: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
-    """Exercise 09.2, an MLP's output with a few units live, from ``y [prompt, d_model], a [prompt, unit],
+    """Exercise 09.1, an MLP's output with a few units live, from ``y [prompt, d_model], a [prompt, unit],
     W [unit, d_model], kept``. Expected: one number at a time."""
     generator = torch.Generator().manual_seed(0)
     y, a, W = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4, 3), (4, 5), (5, 3)))
@@ -205,30 +166,6 @@ def fair_start(answer: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> No
     }
     cause = "start from y's mean over the prompts, and add each kept unit's deviation times its vector"
     judge(tried, call(answer, tried, y.clone(), a.clone(), W.clone(), kept), expected, mistakes, cause)
-
-
-def one_reading(answer: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Exercise 09.3, gated neurons of which only the gate moves, from ``gate, value [prompt, neuron]``.
-
-    Expected: one number at a time, with SiLU written out.
-    """
-    generator = torch.Generator().manual_seed(0)
-    gate, value = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
-    tried = "4 prompts and 3 neurons"
-    expected = [
-        [g / (1 + math.exp(-g)) * sum(column) / 4 for g, column in zip(row, value.T.tolist(), strict=True)]
-        for row in gate.tolist()
-    ]
-    silu = torch.nn.functional.silu
-    mistakes = {
-        "there the value moves and the gate is held": silu(gate).mean(0) * value,
-        "that is the whole neuron: both move": silu(gate) * value,
-        "the gate goes through SiLU first": gate * value.mean(0),
-        "the mean is over prompts, for each neuron by itself": silu(gate) * value.mean(1, keepdim=True),
-    }
-    judge(
-        tried, call(answer, tried, gate.clone(), value.clone()), expected, mistakes, "which factor is held at its mean?"
-    )
 
 
 def _added(written: Float[Tensor, " d_model"]) -> Callable:

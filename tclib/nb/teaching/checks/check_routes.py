@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tclib.nb.teaching.verdict import call, judge
@@ -39,35 +38,8 @@ def integrated(answer: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, int
     judge(tried, call(answer, tried, slope, x.clone(), base.clone(), steps), expected, mistakes, cause, 1e-2)
 
 
-def both_orders(answer: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]) -> None:
-    """Exercise 10.2, the relevant part behind an activation from ``rel, rest, act``. Expected: a loop over orders."""
-    rel = torch.tensor([1.0, -2.0, 0.5, 1.5], dtype=torch.float64)
-    rest = torch.tensor([-0.5, 1.0, 0.5, -3.0], dtype=torch.float64)
-
-    def act(values: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        return values.clamp(min=0) ** 2
-
-    tried = "four neurons with the activation max(x, 0)^2"
-    expected = []
-    for own, others in zip(rel.tolist(), rest.tolist(), strict=True):
-        before, gained = {"rel": 0.0, "rest": others}, 0.0  # what is there when the relevant part joins
-        for there in before.values():
-            gained += max(there + own, 0.0) ** 2 - max(there, 0.0) ** 2
-        expected.append(gained / 2)
-    total = act(rel + rest)
-    mistakes = {
-        "that is one order only, the relevant part last": total - act(rest),
-        "that is the other order only, the relevant part first": act(rel) - act(torch.zeros_like(rel)),
-        "that is the share of the rest": (act(rest) + total - act(rel)) / 2,
-        "that shares the output in proportion to the input: RelP's rule": rel / (rel + rest) * total,
-        "the two orders are averaged, not added": 2 * torch.tensor(expected),
-    }
-    cause = "how much does act grow when rel joins nothing, and when rel joins the rest?"
-    judge(tried, call(answer, tried, rel.clone(), rest.clone(), act), expected, mistakes, cause)
-
-
 def visible_part(answer: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Exercise 10.3, the part of a direction that some answer reads, from ``v [d], W [d, answers]``.
+    """Exercise 10.2, the part of a direction that some answer reads, from ``v [d], W [d, answers]``.
 
     Expected: Gram and Schmidt's orthogonalisation of the answers' columns, one after the other.
     """
