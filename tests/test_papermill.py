@@ -27,12 +27,16 @@ SECOND_SET: dict[str, dict[str, Any]] = {
         "later": "80",
         "earlier": "30",
         "rows": 32,
+        "draws": 2,
         "seed": 1,
     },
     "04b_search_and_test_circuits": {
         "prompt": "The truce was proclaimed in 1345 and abandoned in 13",
         "later": "80",
         "earlier": "30",
+        "rows": 32,
+        "others": 2,
+        "removals": 200,
         "seed": 1,
     },
     "01_train_transcoders": {

@@ -58,6 +58,27 @@ def exact(A, g, S, delta):
     return ((A.log() + delta * (torch.arange(len(A)) == S)).softmax(0) - A) @ g
 
 
+def beam(
+    sources, root, value, branches, steps, rank=lambda c: -abs(c), product=lambda c, share, value: c * share, each=False
+):
+    paths, rounds = [((), value, root)], []
+    for _ in range(steps):
+        groups = [
+            sorted(
+                [((*names, n), product(c, share, value), to) for n, share, to in sources(node)],
+                key=lambda q: rank(q[1]),
+            )
+            for names, c, node in paths
+            if node is not None
+        ]
+        found = sorted(
+            [path for group in groups for path in group[: branches if each else None]], key=lambda q: rank(q[1])
+        )
+        paths = found if each else found[:branches]
+        rounds.append([path[:2] for path in paths])
+    return rounds
+
+
 def kept_live(z, kept, group, mean):
     live = torch.zeros(z.shape[1], dtype=torch.bool)
     live[kept] = True
@@ -188,24 +209,14 @@ ANSWERS: dict[str, tuple[Callable, dict[str, Any]]] = {
             "reads with f_dec": lambda f_dec, f_enc: f_dec @ (f_dec - f_dec.mean()),
         },
     ),
-    "through_head": (
-        lambda f_dec, W_V, W_O, f_enc: f_dec @ (W_V - W_V.mean(0)) @ (W_O - W_O.mean(1, keepdim=True)) @ f_enc,
+    "path_search": (
+        beam,
         {
-            "both LayerNorms": lambda f_dec, W_V, W_O, f_enc: f_dec @ W_V @ W_O @ f_enc,
-            "target's LayerNorm": lambda f_dec, W_V, W_O, f_enc: (f_dec - f_dec.mean()) @ W_V @ W_O @ f_enc,
-            "head's LayerNorm is missing": lambda f_dec, W_V, W_O, f_enc: f_dec @ W_V @ W_O @ (f_enc - f_enc.mean()),
-            "W_V reads": lambda f_dec, W_V, W_O, f_enc: (f_dec - f_dec.mean()) @ (W_V @ W_O).T @ (f_enc - f_enc.mean()),
-            "leaves out the head": lambda f_dec, W_V, W_O, f_enc: f_dec @ (f_enc - f_enc.mean()),
-        },
-    ),
-    "path_contribution": (
-        lambda c, pre: c[0] * c[1] / pre[0] * c[2] / pre[1],
-        {
-            "without dividing": lambda c, pre: np.prod(c),
-            "last feature": lambda c, pre: np.prod(c) / pre[0],
-            "first feature": lambda c, pre: np.prod(c) / pre[1],
-            "multiplies by": lambda c, pre: np.prod(c) * np.prod(pre),
-            "not added": lambda c, pre: sum(c),
+            "inhibiting paths": lambda *given: beam(*given, rank=lambda c: -c),
+            "last share alone": lambda *given: beam(*given, product=lambda c, share, value: value * share),
+            "all paths of a round": lambda *given: beam(*given, each=True),
+            "carries its value": lambda sources, root, value, *rest: beam(sources, root, 1.0, *rest),
+            "smallest": lambda *given: beam(*given, rank=abs),
         },
     ),
     "attention_moves": (
@@ -544,6 +555,43 @@ def test_two_tokens(laboratory, capsys):
     for word, value in wrong.items():
         assert word in refused(checks.two_tokens, value, *context)
     assert "places among" in refused(checks.two_tokens, None, *context)
+
+
+def test_one_layer(laboratory, capsys):
+    _, layers, trace = laboratory
+
+    def parts(trace, layer, position, direction):
+        z, transcoder = trace.features[layer][position], layers[layer]
+        out = trace.cache[f"blocks.{layer}.hook_mlp_out"][position] @ direction
+        bias = transcoder.b_dec @ direction
+        A = trace.cache[f"blocks.{layer}.attn.hook_pattern"][:, position]
+        v = trace.cache[f"blocks.{layer}.attn.hook_v"]
+        attn = trace.model.blocks[layer].attn
+        brought = torch.einsum("shd,hdm,m->hs", v, attn.W_O, direction)
+        imitation = transcoder(trace.cache[transcoder.config.hook_in][position]) @ direction
+        return z * (transcoder.W_dec @ direction), imitation, (out, bias, A, brought, attn.b_O @ direction)
+
+    def answer(change=lambda f, error, bias, heads, b_O: (f, error, bias, heads, b_O), weighted=True):
+        def layer_parts(*given):
+            features, imitation, (out, bias, A, brought, b_O) = parts(*given)
+            return change(features, out - imitation, bias, A * brought if weighted else brought, b_O)
+
+        return layer_parts
+
+    checks.one_layer(answer(), trace)
+    assert "correct" in capsys.readouterr().out
+    wrong = {
+        "has a bias too": answer(lambda f, error, bias, heads, b: (f, error + bias, bias, heads, b)),
+        "sign of the error": answer(lambda f, error, bias, heads, b: (f, -error, bias, heads, b)),
+        "not the error yet": answer(lambda f, error, bias, heads, b: (f, error + bias + f.sum(), bias, heads, b)),
+        "not weighted": answer(weighted=False),
+        "order of the heads": answer(lambda f, error, bias, heads, b: (f, error, bias, heads.T, b)),
+        "the shape": answer(lambda f, error, bias, heads, b: (f, error, bias, heads.sum(1), b)),
+        "return features": answer(lambda f, *rest: f.sum()),
+        "return `": lambda *given: None,
+    }
+    for word, value in wrong.items():
+        assert word.rstrip("`").strip() in refused(checks.one_layer, value, trace), word
 
 
 def test_moving_head(laboratory, capsys):

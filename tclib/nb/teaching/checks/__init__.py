@@ -5,7 +5,7 @@ The functions below are all that notebooks use; a module has those of one notebo
 
 from tclib.nb.teaching.checks.check_after import error_share
 from tclib.nb.teaching.checks.check_blind import blind_rule, keys_too, moved_rule
-from tclib.nb.teaching.checks.check_circuits import invariant, through_head, two_tokens
+from tclib.nb.teaching.checks.check_circuits import invariant, one_layer, two_tokens
 from tclib.nb.teaching.checks.check_cross_layer import cross_removal, equal_width, imitated
 from tclib.nb.teaching.checks.check_dictionaries import label_fvu, orthogonal_pursuit
 from tclib.nb.teaching.checks.check_evaluation import auroc, fvu_in_pieces, paired_interval, recovered_from_mean
@@ -18,7 +18,7 @@ from tclib.nb.teaching.checks.check_greater_than import (
     warmer,
 )
 from tclib.nb.teaching.checks.check_routes import integrated, visible_part
-from tclib.nb.teaching.checks.check_search import attention_moves, path_contribution, removal
+from tclib.nb.teaching.checks.check_search import attention_moves, path_search, removal
 from tclib.nb.teaching.checks.check_training import best_activation, dodge, transcoder
 
 __all__ = [
@@ -41,13 +41,13 @@ __all__ = [
     "label_fvu",
     "moved_rule",
     "moving_head",
+    "one_layer",
     "orthogonal_pursuit",
     "paired_interval",
-    "path_contribution",
+    "path_search",
     "promoted",
     "recovered_from_mean",
     "removal",
-    "through_head",
     "tokens_needed",
     "transcoder",
     "two_shares",

@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tclib.nb.teaching.verdict import accept, call, judge, reject
+from tclib.attribution import attribute
+from tclib.nb.teaching.verdict import accept, call, judge, numbers, reject
+from tclib.targets import direction
 from tclib.tracing import Trace
 
 
@@ -35,29 +37,50 @@ def invariant(answer: Callable[[Tensor, Tensor], float]) -> None:
     judge(tried, call(answer, tried, f_dec, f_enc), expected, mistakes, "which of z, sigma, f_dec, f_enc are weights?")
 
 
-def through_head(answer: Callable[[Tensor, Tensor, Tensor, Tensor], float]) -> None:
-    """Exercise 04.2, the invariant factor through a head from ``f_dec, W_V, W_O, f_enc``.
+def one_layer(answer: Callable[[Trace, int, int, Tensor], Sequence[Tensor]], trace: Trace) -> None:
+    """Exercise 04.2, what one layer writes at the last token, read with a direction of the stream.
 
-    Expected: a little of ``f_dec`` added at the source and followed through both LayerNorms with scale 1.
+    The answer returns features, error, bias, heads x sources and attention bias. Expected: the rows of `tc.attribute`
+    for a direction that reads the stream after the layer.
     """
-    x, f_dec, W_V, W_O, f_enc = _random((6,), (6,), (6, 3), (3, 6), (6,))
-    f_dec, f_enc = f_dec + 0.5, f_enc + 1.0
-    tried = "a little of f_dec at the source, followed through a head of width 3 to f_enc"
+    layer, position = max(trace.transcoders), len(trace.tokens) - 1
+    tried = f"all that layer {layer} writes at the last token, read with one direction"
+    target = direction(trace, _random((trace.model.cfg.d_model,))[0].to(trace.like), "final", 0)
+    table = attribute(trace, target)
+    features = torch.zeros(trace.transcoders[layer].config.d_features, dtype=torch.float64)
+    heads = torch.zeros(trace.model.cfg.n_heads, position + 1, dtype=torch.float64)
+    single: dict[str, float] = {}
+    for row in table.query("layer == @layer").to_dict("records"):
+        if row["kind"] == "feature":
+            features[int(row["feature"])] = row["contribution"]
+        elif row["kind"] == "head":
+            heads[int(row["head"]), int(row["position"])] = row["contribution"]
+        else:
+            single[str(row["kind"])] = row["contribution"]
+    error, bias, attention = (single.get(kind, 0.0) for kind in ("error", "transcoder_bias", "attention_bias"))
 
-    def read(stream: Tensor) -> float:
-        out = (stream - stream.mean()) @ W_V @ W_O
-        return float((out - out.mean()) @ f_enc)
+    def flat(features, error, bias, heads, attention) -> Tensor:
+        return torch.cat([numbers(part).flatten() for part in (features, error, bias, heads, attention)])
 
-    expected = (read(x + 1e-3 * f_dec) - read(x)) / 1e-3
-    centred, reader = f_dec - f_dec.mean(), f_enc - f_enc.mean()
+    given = call(answer, tried, trace, layer, position, target.pulled_back(trace))
+    try:
+        given = None if given is None else flat(*given)
+    except TypeError:
+        reject(tried, "five things", repr(given)[:80], "return features, error, bias, heads and attention bias")
+    unweighted = heads / trace.pattern(layer)[:, position].double().cpu().clamp(min=1e-30)
     mistakes = {
-        "both LayerNorms are missing: the head's and the target's centring": f_dec @ W_V @ W_O @ f_enc,
-        "the target's LayerNorm is missing: f_enc reads a centred stream": centred @ W_V @ W_O @ f_enc,
-        "the head's LayerNorm is missing: it reads a centred stream too": f_dec @ W_V @ W_O @ reader,
-        "the order: W_V reads the stream, W_O writes to it": centred @ W_O.T @ W_V.T @ reader,
-        "that leaves out the head": f_dec @ reader,
+        "the imitation has a bias too: the error is what remains after features and b_dec": flat(
+            features, error + bias, bias, heads, attention
+        ),
+        "the sign of the error: the MLP's output less the imitation": flat(features, -error, bias, heads, attention),
+        "the MLP's output is not the error yet: take the imitation away": flat(
+            features, error + bias + features.sum(), bias, heads, attention
+        ),
+        "the heads' values are not weighted by the pattern": flat(features, error, bias, unweighted, attention),
+        "the order of the heads' result: [head, source]": flat(features, error, bias, heads.T, attention),
     }
-    judge(tried, call(answer, tried, f_dec, W_V, W_O, f_enc), expected, mistakes, "from left to right, as it flows")
+    cause = "each is (what was written) . direction: z times decoder row, A times value times W_O"
+    judge(tried, given, flat(features, error, bias, heads, attention), mistakes, cause, tolerance=1e-3)
 
 
 def two_tokens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import pandas as pd
 import torch
@@ -11,40 +12,72 @@ from torch import Tensor
 
 from tclib import interventions
 from tclib.model import to_token
-from tclib.nb.teaching.verdict import call, judge
+from tclib.nb.teaching.verdict import call, judge, reject
 from tclib.tracing import Trace
 
 
-def path_contribution(answer: Callable[[Sequence[float], Sequence[float]], float]) -> None:
-    """Exercise 04b.1, a path's contribution from direct contributions and pre-activations, answer first.
+def path_search(answer: Callable[..., Sequence[Sequence[tuple[tuple[str, ...], float]]]]) -> None:
+    """Exercise 04b.1, a beam search over paths, from ``sources, root, value, branches, steps``.
 
-    Expected: the source of a small chain raised by a thousandth, and the answer computed again.
+    Expected: on a small tree, from all paths of each length, of which those are kept whose beginning was kept.
     """
-    source, into, through, out = 3.0, 0.5, -2.0, 0.7  # the source's activation, then three weights
-    others_far, others_near = 1.0, 9.0  # what other sources add to the two features
-
-    def chain(z: float) -> tuple[float, float, float]:
-        far = into * z + others_far
-        near = through * far + others_near
-        return out * near, near, far
-
-    (value, near, far), (higher, _, _) = chain(source), chain(1.001 * source)
-    contributions, pre = [out * near, through * far, into * source], [near, far]
-    tried = "a chain of a source, two features and the answer, with the source raised by a thousandth"
-    c = math.prod(contributions)
-    mistakes = {
-        "contributions are multiplied without dividing by the pre-activations they belong to": c,
-        "the last feature on the path still has to pass on a share: divide by its pre-activation": c / near,
-        "the first feature on the path still has to pass on a share: divide by its pre-activation": c / far,
-        "that multiplies by the pre-activations": c * near * far,
-        "along a path contributions are multiplied, not added": sum(contributions),
+    tree = {
+        "answer": [("a", 0.6, "a"), ("b", -0.5, "b"), ("c", 0.3, "c"), ("end", 0.1, None)],
+        "a": [("d", 0.7, "d"), ("e", 0.2, None), ("f", 0.1, "d")],
+        "b": [("d", 1.5, "d"), ("e", -0.9, "e")],
+        "c": [("d", 2.5, "d"), ("f", -1.5, "e")],
+        "d": [("g", 0.8, None), ("h", 0.2, None)],
+        "e": [("g", 1.2, None), ("h", -0.2, None)],
     }
-    cause = "each feature passes on contribution / pre-activation of it"
-    judge(tried, call(answer, tried, contributions, pre), (higher - value) / 0.001, mistakes, cause)
+    value, branches, steps = 4.0, 2, 3
+    tried = f"a tree of {len(tree)} nodes below an answer of {value:g}, {branches} branches, {steps} steps"
+
+    def sources(node: str) -> list[tuple[str, float, str | None]]:
+        return list(tree[node])
+
+    def worth(path: tuple[str, ...], last_alone: bool) -> float:
+        node, product, share = "answer", value, 1.0
+        for name in path:
+            _, share, node = next(item for item in tree[node] if item[0] == name)
+            product *= share
+        return value * share if last_alone else product
+
+    def search(rank: Callable[[float], float], last_alone: bool = False, each: bool = False) -> list[list[float]]:
+        def best(paths: dict) -> dict:
+            return {q: paths[q] for q in sorted(paths, key=lambda q: -rank(worth(q, last_alone)))}
+
+        kept, rounds = {(): "answer"}, []
+        for _ in range(steps):
+            found = {}
+            for path, node in kept.items():
+                longer = best({(*path, name): to for name, _, to in tree.get(node, ())})
+                found |= dict(islice(longer.items(), branches if each else None))
+            kept = dict(islice(best(found).items(), None if each else branches))
+            rounds.append([worth(path, last_alone) for path in kept])
+        return rounds
+
+    def flat(rounds: Sequence[Sequence[float]]) -> list[float]:
+        return [x for part in rounds for x in part]
+
+    given = call(answer, tried, sources, "answer", value, branches, steps)
+    try:
+        given = None if given is None else flat([[float(contribution) for _, contribution in part] for part in given])
+    except (TypeError, ValueError):
+        reject(tried, "a list of rounds", repr(given)[:80], "each round is a list of pairs (names, contribution)")
+    right = flat(search(abs))
+    mistakes = {
+        "inhibiting paths were dropped: rank by absolute contribution": flat(search(lambda c: c)),
+        "the last share alone is no path: multiply by the contribution before": flat(search(abs, last_alone=True)),
+        "branches are counted for all paths of a round together, not for each path": flat(search(abs, each=True)),
+        "shares of the answer, not contributions: the empty path carries its value": [c / value for c in right],
+        "the smallest were kept": flat(search(lambda c: -abs(c))),
+    }
+    cause = "extend every path that goes on by every source of its node, then keep the largest of all"
+    judge(tried, given, right, mistakes, cause)
 
 
 def attention_moves(answer: Callable[[Tensor, Tensor, int, float], float]) -> None:
-    """Exercise 04b.2, how far a head's output moves if one score does, from ``A, g, S, delta``.
+    """Exercise 04b.3, how far a head's output moves if one score does, from ``A, g, S, delta``.
 
     Expected: softmax with `math.exp`, from scores that have this pattern, before and after.
     """
@@ -76,7 +109,7 @@ def attention_moves(answer: Callable[[Tensor, Tensor, int, float], float]) -> No
 
 
 def removal(answer: Callable[[], float] | float, trace: Trace, later: str, earlier: str, source: pd.Series) -> None:
-    """Exercise 04b.3, the change of ``logit(later) - logit(earlier)`` when one feature is taken out.
+    """Exercise 04b.2, the change of ``logit(later) - logit(earlier)`` when one feature is taken out.
 
     ``source`` is a row of an attribution table. Expected: the model is run without the feature, with patterns, scales,
     values and MLPs held.
