@@ -7,8 +7,15 @@ from tclib.nb.teaching.checks.check_blind import blind_rule, keys_too, moved_rul
 from tclib.nb.teaching.checks.check_circuits import invariant, through_head, two_tokens
 from tclib.nb.teaching.checks.check_cross_layer import cross_removal, equal_width, imitated
 from tclib.nb.teaching.checks.check_dictionaries import code_bits, label_fvu, orthogonal_pursuit
-from tclib.nb.teaching.checks.check_evaluation import auroc, fvu_in_pieces, paired_interval, recovered_from_mean
-from tclib.nb.teaching.checks.check_features import promoted, tokens_needed, two_shares
+from tclib.nb.teaching.checks.check_evaluation import (
+    auroc,
+    fvu_in_pieces,
+    paired_interval,
+    read_front,
+    recovered_from_mean,
+    top_neurons,
+)
+from tclib.nb.teaching.checks.check_features import name_scores, promoted, tokens_needed
 from tclib.nb.teaching.checks.check_greater_than import (
     backward_difference,
     fair_start,
@@ -43,18 +50,20 @@ __all__ = [
     "label_fvu",
     "moved_rule",
     "moving_head",
+    "name_scores",
     "one_reading",
     "orthogonal_pursuit",
     "paired_interval",
     "path_contribution",
     "promoted",
+    "read_front",
     "recovered_from_mean",
     "removal",
     "right_digits",
     "through_head",
     "tokens_needed",
+    "top_neurons",
     "transcoder",
-    "two_shares",
     "two_tokens",
     "visible_part",
     "warmer",
