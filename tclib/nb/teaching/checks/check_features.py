@@ -17,7 +17,7 @@ def name_scores(answer: Callable[[Tensor, Tensor, int], Sequence[float]]) -> Non
     Expected: firing tokens sorted and counted one by one.
     """
     z = torch.tensor([9.0, 0.0, 7.0, 1.0, 2.0, 0.0, 3.0, 4.0, 8.0, 0.0, 0.5], dtype=torch.float64)
-    holds = torch.tensor([True, True, True, False, False, True, True, False, True, False, True])
+    holds = torch.tensor([True, False, True, False, False, True, True, False, True, True, True])
     tried = "11 tokens, of which 8 fire and at 7 the name holds, with k = 4"
     tokens = sorted(zip(z.tolist(), holds.tolist(), strict=True), reverse=True)
     firing = [on for value, on in tokens if value > 0]
