@@ -1,4 +1,4 @@
-"""Measure the fronts, the ground truth and the seed variance that notebook 02 shows: slower than a notebook may be.
+"""Measure the fronts, the ground truth and the seed variance that notebook 02b shows: slower than a notebook may be.
 
     python -m making.fronts --work WORK --run RUN --out data/fronts.json
 

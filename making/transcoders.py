@@ -3,6 +3,7 @@
     python -m making.transcoders --work WORK --out data/transcoders
     torchrun --nproc-per-node 2 -m making.transcoders --work WORK --out OUT    # the same weights, up to rounding
     python -m making.transcoders --work WORK --out data/transcoders --compare  # widths and the skip path, at equal L0
+    python -m making.transcoders --work WORK --out data/transcoders --by-row   # what is lost in each row of real prose
 
 WORK is the folder that `making.language_model prepare` wrote: the transcoders see the same mix of real and chronicle
 prose as the model did, and are measured on works and documents that neither saw. An interrupted run goes on if --run
@@ -14,15 +15,18 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 import tclib as tc
-from tclib import evaluation, text, training
+from tclib import evaluation, interventions, text, training
+from tclib.activations import forward
 from tclib.training import distributed
 
 REAL_FRACTION = 0.4  # as in the model's own training
 EVALUATION_ROWS = 400
+ROWS_ALONE = 126  # of real prose, each measured alone: 42 of each of three works
 L1 = (0.055, 0.08, 0.1)  # by layer
 COMPARED = {
     "512 features": {},
@@ -48,9 +52,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="write comparison.json instead")
+    parser.add_argument(
+        "--by-row", action="store_true", help="write real_rows.json of the transcoders in --out instead"
+    )
     options = parser.parse_args()
     with distributed.processes() as device:
-        (compare if options.compare else make)(options, device)
+        (compare if options.compare else by_row if options.by_row else make)(options, device)
 
 
 def recipe(l1: float, steps: int, **changes) -> tc.TrainConfig:
@@ -110,6 +117,40 @@ def compare(options: argparse.Namespace, device: str) -> None:
                 measured = evaluation.reconstruction(model, transcoders, tokens)[["layer", "l0", "fvu", "dead"]]
                 table += measured.assign(name=name, text=source, tokens=rows.numel()).to_dict("records")
     (options.out / "comparison.json").write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
+
+
+def by_row(options: argparse.Namespace, device: str) -> None:
+    """Write cross-entropy and KL of each row of real prose alone, with MLPs replaced, at their mean, and at zero."""
+    model, transcoders = tc.load_model(options.model, device=device), tc.load_transcoders(options.out)
+    tokens = held_out_rows(options.work, ROWS_ALONE, model.cfg.n_ctx, model.cfg.bos_token_id)
+    layers = sorted(transcoders)
+    parts = [{layer: acts.y.sum((0, 1)) for layer, acts in part.items()} for part in forward(model, tokens, layers, 16)]
+    mean = {layer: sum(part[layer] for part in parts) / tokens.numel() for layer in layers}
+    ways = {
+        "replaced": lambda layer: evaluation.replacement_hooks(layer, transcoders[layer]),
+        "mean": lambda layer: interventions.ablate_mlp(layer, mean[layer]),
+        "zero": interventions.ablate_mlp,
+    }
+    groups = {str(name): inside for name, inside in evaluation.cumulative(layers).items()}
+    hooks = {
+        (way, g): [h for i in inside for h in edit(i)] for way, edit in ways.items() for g, inside in groups.items()
+    }
+    tables = [evaluation.faithfulness(model, row[None], hooks).set_index("name") for row in tokens]
+    numbers = {m: pd.concat([t[m] for t in tables], axis=1, ignore_index=True).T.round(4) for m in ("ce", "kl")}
+    works = [path.stem.removeprefix("real_heldout_") for path in sorted(options.work.glob("real_heldout_*.npy"))]
+    result = {
+        "command": "python -m making.transcoders --work WORK --out data/transcoders --by-row",
+        "works": works,
+        "work": [int(i) for i in np.repeat(np.arange(len(works)), len(tokens) // len(works))],
+        "ce": numbers["ce"]["original"].tolist(),
+        **{
+            f"{metric}_{way}": {g: numbers[metric][way, g].tolist() for g in groups}
+            for metric in ("ce", "kl")
+            for way in ways
+            if metric == "ce" or way == "replaced"
+        },
+    }
+    (options.out / "real_rows.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 def mixed_rows(work: Path, count: int, width: int, bos: int, seed: int) -> Tensor:

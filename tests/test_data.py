@@ -44,6 +44,17 @@ def test_metrics_hold_what_is_promised():
             assert {"l0", "fvu", "recovered"} <= report[name][str(layer)].keys()
 
 
+def test_rows_of_real_prose_agree_with_the_report():
+    rows = json.loads((DATA / "transcoders" / "real_rows.json").read_text(encoding="utf-8"))
+    report = json.loads((DATA / "transcoders" / "report.json").read_text(encoding="utf-8"))["real"]
+    assert len(rows["ce"]) == len(rows["work"]) and set(rows["work"]) == set(range(len(rows["works"])))
+    for layer, measured in report.items():  # of more rows of the same books
+        for way in ("replaced", "zero", "mean"):
+            lost = sum(rows[f"ce_{way}"][layer]) / len(rows["ce"]) - sum(rows["ce"]) / len(rows["ce"])
+            assert lost == pytest.approx(measured[f"ce_{way}"] - measured["ce"], rel=0.3)
+    assert all(kl >= 0 for group in rows["kl_replaced"].values() for kl in group)
+
+
 @pytest.fixture(scope="module")
 def model():
     return tc.load_model()

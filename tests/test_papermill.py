@@ -20,7 +20,8 @@ SECOND_SET: dict[str, dict[str, Any]] = {
         "other": 60,
         "rows": 24,
     },
-    "02_evaluate_transcoders": {"layer": 0, "rows": 8, "steps": 15, "seed": 1},
+    "02_evaluate_transcoders": {"layer": 0, "rows": 8, "seed": 1},
+    "02b_transcoder_sae_neurons": {"layer": 0, "rows": 8, "steps": 15, "draws": 3, "seed": 1},
     "03_read_features": {"layer": 1, "rows": 48, "seed": 1},
     "04_circuits_from_weights": {
         "prompt": "The truce was proclaimed in 1345 and abandoned in 13",

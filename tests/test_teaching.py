@@ -118,6 +118,24 @@ def by_kind(y, kind, middle=lambda rows: rows.mean(0)):
     return torch.stack([middle(y[kind == one]) for one in kind])
 
 
+def scored_name(z, holds, k, others=None):
+    order = z.argsort(descending=True)
+    order = order[z[order] > 0]
+    kept = holds[order[k:]] if others is None else others
+    return holds[order[:k]].double().mean(), kept.double().mean(), holds[order].sum() / holds.sum()
+
+
+def continued(x, y, at):
+    i = int(np.clip(np.searchsorted(x, at), 1, len(x) - 1))
+    return y[i - 1] + (at - x[i - 1]) * (y[i] - y[i - 1]) / (x[i] - x[i - 1])
+
+
+def kept_neurons(a, mean, W, k, size=None):
+    size = (a - mean).abs() if size is None else size
+    chosen = torch.zeros_like(a, dtype=torch.bool).scatter_(1, (size * W.norm(dim=1)).topk(k).indices, True)
+    return torch.where(chosen, a, mean)
+
+
 # check -> the right answer, and wrong ones with a word of the message that each must get
 ANSWERS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "transcoder": (
@@ -170,7 +188,7 @@ ANSWERS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "recovered_from_mean": (
         lambda ce, zero, mean, r: 1 - (1 - r) * (zero - ce) / (mean - ce),
         {
-            "another yardstick": lambda ce, zero, mean, r: r,
+            "another baseline": lambda ce, zero, mean, r: r,
             "stretched": lambda ce, zero, mean, r: r * (zero - ce) / (mean - ce),
             "loss in nats": lambda ce, zero, mean, r: (1 - r) * (zero - ce),
             "lost fraction": lambda ce, zero, mean, r: (1 - r) * (zero - ce) / (mean - ce),
@@ -268,19 +286,34 @@ ANSWERS: dict[str, tuple[Callable, dict[str, Any]]] = {
             "is whole": lambda rate, chance: np.log(1 - chance) / np.log(1 - rate),
         },
     ),
-    "two_shares": (
-        lambda z, label, k: (label[z.argsort(descending=True)[:k]].double().mean(), z[label].sum() / z.sum()),
+    "name_scores": (
+        scored_name,
         {
-            "the order": lambda z, label, k: (z[label].sum() / z.sum(), label[z.topk(k).indices].double().mean()),
-            "were counted, but": lambda z, label, k: (
-                label[z.topk(k).indices].double().mean(),
-                label[z > 0].double().mean(),
-            ),
-            "silent tokens": lambda z, label, k: (label[z.topk(k).indices].double().mean(), label.double().mean()),
-            "the first k": lambda z, label, k: (label[:k].double().mean(), z[label].sum() / z.sum()),
-            "label that is found": lambda z, label, k: (
-                label[z.topk(k).indices].double().mean(),
-                ((z > 0) & label).sum() / label.sum(),
+            "the order": lambda z, holds, k: [scored_name(z, holds, k)[i] for i in (1, 0, 2)],
+            "leave them out": lambda z, holds, k: scored_name(z, holds, k, others=holds[z > 0]),
+            "silent tokens": lambda z, holds, k: scored_name(z, holds, k, others=holds[z.argsort(descending=True)[k:]]),
+            "not of the feature's": lambda z, holds, k: [*scored_name(z, holds, k)[:2], holds[z > 0].double().mean()],
+            "the first k": lambda z, holds, k: [holds[:k].double().mean(), *scored_name(z, holds, k)[1:]],
+        },
+    ),
+    "read_front": (
+        lambda l0, lost, at: np.interp(np.log(at), np.log(l0), lost, left=np.nan, right=np.nan),
+        {
+            "return np.nan there": lambda l0, lost, at: np.interp(np.log(at), np.log(l0), lost),
+            "was continued": lambda l0, lost, at: continued(np.log(l0), lost, np.log(at)),
+            "interpolate in log L0": lambda l0, lost, at: np.interp(at, l0, lost, right=np.nan),
+            "only L0 is": lambda l0, lost, at: np.exp(np.interp(np.log(at), np.log(l0), np.log(lost), right=np.nan)),
+        },
+    ),
+    "top_neurons": (
+        kept_neurons,
+        {
+            "norms of W_out": lambda a, mean, W, k: kept_neurons(a, mean, W / W.norm(dim=1, keepdim=True), k),
+            "subtract the mean": lambda a, mean, W, k: kept_neurons(a, mean, W, k, size=a.abs()),
+            "far below its mean": lambda a, mean, W, k: kept_neurons(a, mean, W, k, size=a - mean),
+            "not at zero": lambda a, mean, W, k: kept_neurons(a, mean, W, k) * (kept_neurons(a, mean, W, k) == a),
+            "not the same k": lambda a, mean, W, k: kept_neurons(
+                a, mean, W, k, size=(a - mean).abs().mean(0).expand_as(a)
             ),
         },
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,17 +17,27 @@ from tclib.plots import NEGATIVE, POSITIVE, heatmap
 BARS = 7
 
 
-def figure(d: Dashboard) -> Figure:
-    """Six panels; the feature's name and how often it fires above them."""
+def figure(d: Dashboard, names: Callable[[int, int], str] | None = None) -> Figure:
+    """Six panels; the feature's name and how often it fires above them.
+
+    Where the feature has no transcoder after it, the tokens on which it fires take the place of its outputs.
+
+    Args:
+        names: what to call feature ``(layer, feature)``, for example `Names.full`; ``mlp2[867]`` by default.
+    """
+    names = names or (lambda layer, feature: f"mlp{layer}[{feature}]")
     drawn, axes = plt.subplots(2, 3, figsize=(11.5, 6.8), layout="constrained")
     s = d.statistics
     often = f"fires on {s['frequency']:.3%} of" if s["count"] else "is silent on"
-    drawn.suptitle(f"{d.name} {often} {s['tokens']:,} tokens")
+    drawn.suptitle(f"{_drawable(names(d.layer, d.feature))} {often} {s['tokens']:,} tokens")
     _histogram(d, axes[0, 0])
     _ends(d.de_embedding, "tokens that drive it directly", "de-embedding", axes[0, 1])
     _ends(d.logit_lens, "tokens it promotes and suppresses", "logit per unit of activation / scale", axes[0, 2])
-    _connections(d.incoming, "strongest inputs", axes[1, 0])
-    _connections(d.outgoing, "strongest outputs", axes[1, 1])
+    _connections(d.incoming, "strongest inputs", names, axes[1, 0])
+    if d.outgoing.empty and len(d.top_tokens):
+        _fires_on(d, axes[1, 1])
+    else:
+        _connections(d.outgoing, "strongest outputs", names, axes[1, 1])
     _heads(d, axes[1, 2])
     return drawn
 
@@ -39,19 +51,31 @@ def _histogram(d: Dashboard, ax: Axes) -> None:
 
 
 def _ends(scores: pd.Series, title: str, unit: str, ax: Axes) -> None:
-    ends = pd.concat([scores.head(BARS), scores.tail(BARS)])
+    whole = scores[[name.isprintable() and "\ufffd" not in name for name in scores.index]]  # no pieces of letters
+    ends = pd.concat([whole.head(BARS), whole.tail(BARS)])
     _bars([repr(name) for name in ends.index], ends.to_numpy(), title, unit, ax)
 
 
-def _connections(table: pd.DataFrame, title: str, ax: Axes) -> None:
+def _fires_on(d: Dashboard, ax: Axes) -> None:
+    best = d.top_tokens.head(2 * BARS)
+    _bars(
+        [repr(name) for name in best["token"]],
+        100 * best["share"].to_numpy(),
+        "tokens on which it fires",
+        "% of its activations",
+        ax,
+    )
+
+
+def _connections(table: pd.DataFrame, title: str, names: Callable[[int, int], str], ax: Axes) -> None:
     weighted = table["target_weighted"].abs().sum() > 0
     by = "target_weighted" if weighted else "input_invariant"
     best = strongest(table, by, 2 * BARS)
     if best.empty:
         return _nothing(ax, "no transcoder on that side")
-    names = [f"mlp{row.layer}[{row.feature}]" for row in best.itertuples()]
+    named = [names(row.layer, row.feature) for row in best.itertuples()]
     unit = "expected attribution where the reader fires" if weighted else "input-invariant connection"
-    _bars(names, best[by].to_numpy(), title, unit, ax)
+    _bars(named, best[by].to_numpy(), title, unit, ax)
 
 
 def _bars(names: list[str], values: np.ndarray, title: str, unit: str, ax: Axes) -> None:
@@ -72,7 +96,7 @@ def _heads(d: Dashboard, ax: Axes) -> None:
     values = d.heads.to_numpy()
     heatmap(values, "what heads can bring", "head", "layer", "length read through OV, direct = 1", ax=ax)
     ax.set_yticks(range(len(d.heads)), d.heads.index)
-    ax.set_xticks(range(values.shape[1]))
+    ax.set_xticks(range(0, values.shape[1], 1 + values.shape[1] // 12))
     ax.grid(False)
 
 

@@ -8,15 +8,16 @@ from tclib.nb.teaching.checks.check_blind import blind_rule, keys_too, moved_rul
 from tclib.nb.teaching.checks.check_circuits import invariant, one_layer, two_tokens
 from tclib.nb.teaching.checks.check_cross_layer import cross_removal, equal_width, imitated
 from tclib.nb.teaching.checks.check_dictionaries import label_fvu, orthogonal_pursuit
-from tclib.nb.teaching.checks.check_evaluation import auroc, fvu_in_pieces, paired_interval, recovered_from_mean
-from tclib.nb.teaching.checks.check_features import promoted, tokens_needed, two_shares
-from tclib.nb.teaching.checks.check_greater_than import (
-    backward_difference,
-    fair_start,
-    keep_live,
-    moving_head,
-    warmer,
+from tclib.nb.teaching.checks.check_evaluation import (
+    auroc,
+    fvu_in_pieces,
+    paired_interval,
+    read_front,
+    recovered_from_mean,
+    top_neurons,
 )
+from tclib.nb.teaching.checks.check_features import name_scores, promoted, tokens_needed
+from tclib.nb.teaching.checks.check_greater_than import backward_difference, fair_start, keep_live, moving_head, warmer
 from tclib.nb.teaching.checks.check_routes import integrated, visible_part
 from tclib.nb.teaching.checks.check_search import attention_moves, path_search, removal
 from tclib.nb.teaching.checks.check_training import best_activation, dodge, transcoder
@@ -41,16 +42,18 @@ __all__ = [
     "label_fvu",
     "moved_rule",
     "moving_head",
+    "name_scores",
     "one_layer",
     "orthogonal_pursuit",
     "paired_interval",
     "path_search",
     "promoted",
+    "read_front",
     "recovered_from_mean",
     "removal",
     "tokens_needed",
+    "top_neurons",
     "transcoder",
-    "two_shares",
     "two_tokens",
     "visible_part",
     "warmer",

@@ -11,38 +11,44 @@ from torch import Tensor
 from tclib.nb.teaching.verdict import call, judge
 
 
-def two_shares(answer: Callable[[Tensor, Tensor, int], Sequence[float]]) -> None:
-    """Exercise 03.2, share of the ``k`` strongest tokens and of all activation, from ``z, label, k``.
+def name_scores(answer: Callable[[Tensor, Tensor, int], Sequence[float]]) -> None:
+    """Exercise 03.1, what a name promises, keeps and covers, from ``z, holds, k``.
 
-    Expected: tokens sorted and added up one by one.
+    Expected: firing tokens sorted and counted one by one.
     """
-    z = torch.tensor([9.0, 0.0, 7.0, 1.0, 2.0, 0.0, 3.0, 1.0, 8.0, 2.0], dtype=torch.float64)
-    label = torch.tensor([True, True, True, False, False, True, True, True, True, False])
-    tried = "10 tokens, of which 8 are active and 7 have the label, with k = 4"
-    tokens = sorted(zip(z.tolist(), label.tolist(), strict=True), reverse=True)
-    expected = [
-        sum(on for _, on in tokens[:4]) / 4,
-        sum(value for value, on in tokens if on) / sum(v for v, _ in tokens),
-    ]
-    active = z > 0
+    z = torch.tensor([9.0, 0.0, 7.0, 1.0, 2.0, 0.0, 3.0, 4.0, 8.0, 0.0, 0.5], dtype=torch.float64)
+    holds = torch.tensor([True, False, True, False, False, True, True, False, True, True, True])
+    tried = "11 tokens, of which 8 fire and at 7 the name holds, with k = 4"
+    tokens = sorted(zip(z.tolist(), holds.tolist(), strict=True), reverse=True)
+    firing = [on for value, on in tokens if value > 0]
+    promised, kept = sum(firing[:4]) / 4, sum(firing[4:]) / len(firing[4:])
+    covered = sum(firing) / int(holds.sum())
+    every = sum(firing) / len(firing)
+    silent = [on for _, on in tokens[4:]]
     mistakes = {
-        "the order: first the strongest tokens, then all activation": expected[::-1],
-        "tokens were counted, but weak ones weigh less: add up activations": [
-            expected[0],
-            float(label[active].double().mean()),
+        "the order: promised, kept, covered": [kept, promised, covered],
+        "the strongest k are not among the others: leave them out of the second number": [promised, every, covered],
+        "silent tokens are no firings: the second number is about tokens with z > 0": [
+            promised,
+            sum(silent) / len(silent),
+            covered,
         ],
-        "silent tokens were counted": [expected[0], float(label.double().mean())],
-        "the first k tokens are not the k strongest": [float(label[:4].double().mean()), expected[1]],
-        "that is the share of the label that is found, not the share of the feature": [
-            expected[0],
-            float((active & label).sum() / label.sum()),
+        "the third is the share of the name's tokens, not of the feature's": [promised, kept, every],
+        "the first k tokens are not the k strongest": [float(holds[:4].double().mean()), kept, covered],
+        "activations were added up, but here every firing counts once": [
+            promised,
+            float((z * holds).sort(descending=True).values[4:].sum() / z.sort(descending=True).values[4:].sum()),
+            covered,
         ],
     }
-    judge(tried, call(answer, tried, z, label, 4), expected, mistakes, "one mean over k tokens, one ratio of two sums")
+    cause = (
+        "sort the firing tokens by activation: the first k, and the rest; then all of them against the name's tokens"
+    )
+    judge(tried, call(answer, tried, z, holds, 4), [promised, kept, covered], mistakes, cause)
 
 
 def tokens_needed(answer: Callable[[float, float], int]) -> None:
-    """Exercise 03.1, how many tokens show a feature at least once, from ``rate, chance``. Expected: token by token."""
+    """Exercise 03.3, how many tokens show a feature at least once, from ``rate, chance``. Expected: token by token."""
     rate, chance = 0.002, 0.95
     tried = f"a feature that fires on {rate:.1%} of the tokens, to be seen with a chance of {chance:.0%}"
     expected, missed = 0, 1.0
@@ -60,7 +66,7 @@ def tokens_needed(answer: Callable[[float, float], int]) -> None:
 
 
 def promoted(answer: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Exercise 03.3, which tokens a feature promotes, from ``f_dec, W_U``.
+    """Exercise 03.2, which tokens a feature promotes, from ``f_dec, W_U``.
 
     Expected: the change of the log-probabilities if a little of ``f_dec`` is added to a stream that favours no token.
     """
