@@ -1,4 +1,4 @@
-"""Run the larger sweep that notebook 07 shows.
+"""Run the larger sweep that docs/sweeps.md reports.
 
     python -m making.sweep --run RUN --out data/sweep.json
 

@@ -82,7 +82,6 @@ SECOND_SET: dict[str, dict[str, Any]] = {
         "seed": 1,
     },
     "13_after_the_paper": {"prompts": 4, "rows": 16, "draws": 3, "seed": 1},
-    "07_sweep_report": {"metric": "kl", "k": [4], "d_features": 32, "steps": 4, "seed": 1},
     "09_a_real_model": {"nouns": ["truce", "lease"], "centuries": [15, 17], "tens": [4], "draws": 2, "seed": 1},
     "06_greater_than": {
         "nouns": ["truce", "lease"],

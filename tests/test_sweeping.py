@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -25,11 +26,13 @@ from tclib.checkpoints import save_transcoders
 from tclib.cli import sweep as command
 from tclib.evaluation import fronts
 from tclib.nb import declared_parameters, sweeps
-from tclib.nb.sweeps import NOTEBOOK, SMALL, Point, cluster, results
+from tclib.nb.sweeps import NOTEBOOK, SMALL, Point, cluster, results, sweep_report
 from tclib.nb.sweeps.grid import code_hash, expand, run_name
 from tests.conftest import REPO, notebook_dict
+from tests.test_freshness import LARGEST_FIGURE_DISTANCE, figure_distance
 from tests.test_structure import declared_defaults, literals
 from tests.tiny import WORDS, make_model, make_transcoder
+from tools import sweeps_page
 
 POINT = {
     "tokens": 10, "l0": 2.0, "fvu": 0.1, "cosine": 0.9, "dead": 0.0, "dense": 0.1, "ce": 1.0, "ce_replaced": 1.1,
@@ -333,13 +336,16 @@ def test_the_job_scripts_of_the_documentation(name, lines):
 # The command
 
 
-def test_the_command_prints_a_table_and_how_to_draw_it(notebook, tmp_path, capsys, threads):
+def test_the_command_prints_a_table_and_writes_a_report(notebook, tmp_path, capsys, threads):
     (tmp_path / "grid.json").write_text('{"k": [1, 2], "price": [1.0]}', encoding="utf-8")
     arguments = ["--grid", str(tmp_path / "grid.json"), "--folder", str(tmp_path / "out")]
     arguments += ["--scheduler", threads.scheduler.address, "-p", "fate", "['good', 'raise']"]
     assert command.main(arguments, notebook=notebook) == 1
     printed = capsys.readouterr()
-    assert "planted" in printed.out and f'-p results "{tmp_path / "out"}"' in printed.out
+    assert "planted" in printed.out and str(tmp_path / "out" / "report.md") in printed.out
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "4 runs over `k`, `fate`; 2 have a point." in report and "planted" in report and "![" in report
+    assert (tmp_path / "out" / "fronts.png").read_bytes().startswith(b"\x89PNG")
     assert "k=1, fate=good: L0 1.0, FVU 0.100" in printed.out + printed.err and "4/4" in printed.err
 
 
@@ -356,6 +362,83 @@ def test_the_command_refuses_in_one_sentence(tmp_path, capsys, arguments, senten
     message = capsys.readouterr().err
     assert sentence in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# The report
+
+
+def run_at(l0: float, fvu: float, tokens: int = 100, **parameters) -> results.Run:
+    defaults = {"layer": -1, "activation": "topk", "skip": False, "d_features": 64, "k": 8, "seed": 0}
+    point = Point(**POINT | {"l0": l0, "fvu": fvu, "tokens": tokens})
+    parameters = defaults | {"steps": 5, "rows": 2, "measured_rows": 10} | parameters
+    return results.Run(parameters=parameters, seconds=1, point=point)
+
+
+def swept(*runs: results.Run) -> results.Results:
+    return results.Results(about=results.About(notebook="x", code="x"), runs=list(runs))
+
+
+def curves(shift: float) -> results.Results:
+    """Two architectures whose fronts are ``shift`` apart, at L0 that differ."""
+    noise = {0: -0.002, 1: 0.0, 2: 0.002}
+    return swept(
+        *(
+            run_at(k * stretch, 0.5 / k + sign * noise[seed] + lead, k=k, seed=seed, activation=activation)
+            for activation, stretch, lead, sign in (("relu", 1.1, shift, -1), ("topk", 1.0, 0.0, 1))
+            for k in (4, 8, 16)
+            for seed in noise
+        )
+    )
+
+
+def test_a_gap_is_told_from_shuffled_names():
+    found = sweep_report.gaps(sweep_report.points(curves(0.05)), ["activation", "k"])
+    (row,) = found.itertuples()
+    assert row.pair == "relu minus topk" and row.low < row.gap < row.high and row.gap > row.most > row.shuffled
+    alike = sweep_report.gaps(sweep_report.points(curves(-0.007)), ["activation", "k"]).iloc[0]
+    assert alike["least"] <= alike["gap"] <= alike["most"] and row.gap - alike["gap"] == pytest.approx(0.057)
+
+
+def test_lines_that_share_no_l0_are_not_compared():
+    far = swept(*(run_at(l0 + 50 * (a == "relu"), 0.1, k=l0, activation=a) for a in ("relu", "topk") for l0 in (4, 8)))
+    assert sweep_report.gaps(sweep_report.points(far), ["activation", "k"]).empty
+    assert "At equal sparsity" not in sweep_report.text(far, "x.png")
+
+
+@given(st.lists(st.tuples(st.floats(0.5, 50), st.floats(0.01, 1)), min_size=1, max_size=8), st.integers(0, 3))
+def test_points_keep_what_has_a_place_on_a_front(pairs, failed):
+    runs = [run_at(l0, fvu, seed=i) for i, (l0, fvu) in enumerate(pairs)]
+    runs += [results.Run(parameters={"k": i}, seconds=0, reason="planted") for i in range(failed)]
+    found = sweep_report.points(swept(*runs))
+    assert len(found) == len(pairs) and found["front"].any()
+    best = found.loc[found["fvu"].idxmin()]
+    assert found[found["front"]]["l0"].max() <= best["l0"] and found["increase"].round(6).eq(0.1).all()
+
+
+def test_a_wide_dictionary_that_is_worse_is_called_under_trained():
+    widths = {16: 0.2, 64: 0.1, 256: 0.15}
+    report = sweep_report.text(swept(*(run_at(4.0, fvu, d_features=n) for n, fvu in widths.items())), "x.png")
+    # 5 steps of 2 rows of 10 tokens, of which 4 in 256 features
+    assert "256 features leave more unexplained than 64: 0.150 against 0.100. That is no reason" in report
+    assert "fired 2 times in training, and one of the best 6 times" in report
+    better = sweep_report.text(swept(*(run_at(4.0, 1 / n, d_features=n) for n in widths)), "x.png")
+    assert "The widest dictionary leaves least unexplained." in better and "under-trained" not in better
+
+
+def test_a_sweep_of_one_run_and_of_none_that_worked():
+    assert sweep_report.text(swept(run_at(4.0, 0.1)), "x.png").startswith("1 runs; 1 have a point.\n\n![")
+    failed = swept(results.Run(parameters={"k": 1}, seconds=0, reason="planted"))
+    assert sweep_report.text(failed, "x.png") == "1 runs; 0 have a point. 1 failed, and say why: `planted`."
+
+
+def test_the_page_of_the_documentation_is_fresh(tmp_path):
+    page = (REPO / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    assert page == sweeps_page.fresh_page(), "run: python tools/sweeps_page.py"
+    sweep_report.figure(sweeps.load_results(), tmp_path / "fresh.png")
+    both = [REPO / "docs" / "sweeps.png", tmp_path / "fresh.png"]
+    assert (
+        figure_distance(*(base64.b64encode(path.read_bytes()).decode() for path in both)) < LARGEST_FIGURE_DISTANCE
+    ), "run: python tools/sweeps_page.py"
 
 
 # With a model

@@ -13,7 +13,7 @@ from tclib.cli.bootstrap import REPO
 from tclib.cli.run import literal, placed
 from tclib.io.paths import read_text
 from tclib.nb import Parameter, declared_parameters
-from tclib.nb.sweeps import NOTEBOOK, SMALL, sweep
+from tclib.nb.sweeps import NOTEBOOK, SMALL, load_results, sweep
 
 EXAMPLE = '{"l1": [0.01, 0.1]}'
 SHOWN = ["seconds", "l0", "fvu", "recovered", "reason"]
@@ -36,7 +36,10 @@ def main(arguments: Sequence[str], repo: Path = REPO, notebook: Path = NOTEBOOK)
     axes = [name for name in dict.fromkeys(name for one in grid for name in one) if results[name].nunique() > 1]
     shown = [name for name in SHOWN if name != "reason" or results["reason"].notna().any()]
     print(results[[*axes, *shown]].to_string(index=False, na_rep="", float_format="{:.4g}".format))
-    print(f'\nDraw it:  python -m tclib run --only 07 -p results "{folder}"')
+    if results["reason"].isna().any():
+        from tclib.nb.sweeps import sweep_report  # brings torch along, for which no refusal should wait
+
+        print(f"\nReport:  {sweep_report.write(load_results(folder), folder)}")
     return int(results["reason"].notna().any())
 
 

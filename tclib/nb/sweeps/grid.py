@@ -13,7 +13,7 @@ from tclib.nb import Parameter, unknown_parameter
 Grid = Mapping[str, Sequence[Any]]  # parameter -> its values; a run for each combination
 NAME_LENGTH = 12
 
-# What `make sweep` runs: three architectures at four prices each, one layer, one seed.
+# What `make sweep` runs: three architectures at four settings of their sparsity each, one layer, one seed.
 SMALL: list[dict[str, Any]] = [
     {"activation": ["relu"], "l1": [0.005, 0.02, 0.06, 0.15]},
     {"activation": ["topk"], "k": [4, 8, 16, 48]},
