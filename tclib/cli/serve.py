@@ -18,6 +18,7 @@ EXPLORED = "08_your_prompt_your_model.ipynb"
 ONLY_HERE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 VOILA = [
     f"--Voila.tornado_settings={ {'headers': {'Content-Security-Policy': ONLY_HERE}} }",
+    "--VoilaExporter.markdown_renderer_class=tclib.cli.live_page.WithoutPictures",
     # A closed page asks Voila to end its kernel, but without the token that Voila wants, so kernels would pile up.
     "--MappingKernelManager.cull_idle_timeout=20",
     "--MappingKernelManager.cull_interval=5",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import copy
 import html
+import mimetypes
 import os
 import re
 import shutil
@@ -134,7 +135,8 @@ class _Offline(IPythonRenderer):
     def image(self, text: str, url: str, title: str | None = None) -> str:
         if url.startswith(("http:", "https:")):
             return html.escape(text)
-        # nbconvert embeds only what lies below the notebook's folder; our diagrams are beside it.
-        if url.endswith(".svg") and (file := Path(self.path) / url).is_file():
-            url = f"data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()}"
+        # nbconvert embeds only what lies below the notebook's folder; our diagrams and pictures are beside it.
+        kind, _ = mimetypes.guess_type(url)
+        if kind and (file := Path(self.path) / url).is_file():
+            url = f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
         return super().image(text, url, title)
