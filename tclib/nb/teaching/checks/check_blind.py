@@ -16,7 +16,7 @@ from tclib.nb.teaching.verdict import accept, call, judge, reject
 
 
 def moved_rule(answer: Callable[[np.ndarray, np.ndarray, int], float]) -> None:
-    """Exercise 05.1, the precision of a rule moved along the text, from ``h, act, steps``. Expected: a loop."""
+    """Exercise 05.2, the precision of a rule moved along the text, from ``h, act, steps``. Expected: a loop."""
     draw = np.random.default_rng(2)
     h, act, steps = draw.random(60) < 0.3, np.maximum(draw.normal(0, 1, 60) - 0.5, 0), 7
     h[-5:] = True  # so that it matters what happens at the end of the text
@@ -75,7 +75,7 @@ def blind_rule(
     words: rules.Words,
     activations: Float[np.ndarray, "row pos feature"],
 ) -> None:
-    """Exercise 05.2, a player that turns a sealed feature into a rule, from a seal.
+    """Exercise 05.1, a player that turns a sealed feature into a rule, from a seal.
 
     Expected: for at least half of the features a correlation with the activation above that of 97.5% of 200 random
     moves of the rule along the text.
