@@ -143,7 +143,7 @@ def _shared(pair: pd.DataFrame) -> float:
 def _axes(everything: pd.DataFrame) -> list[str]:
     """The parameters that differ between runs."""
     measured = {"run", *Point.model_fields, "seconds", "reason"}
-    return [name for name in everything if name not in measured and everything[name].nunique() > 1]
+    return [str(name) for name in everything if name not in measured and everything[name].nunique() > 1]
 
 
 def _words(found: pd.DataFrame, names: list[str]) -> list[str]:
@@ -164,8 +164,8 @@ def _draw(panel: Axes, part: pd.DataFrame, metric: str, colours: dict[str, str])
     for line, runs in part.groupby("line"):
         knobs = [name for name in KNOBS if name in runs]
         mean = runs.groupby(knobs)[["l0", metric]].mean().sort_values("l0") if knobs else runs
-        panel.loglog(mean["l0"], mean[metric], "s-", ms=4, color=colours[line], label=line)
-        panel.loglog(runs["l0"], runs[metric], ".", ms=4, alpha=0.6, color=colours[line])
+        panel.loglog(mean["l0"], mean[metric], "s-", ms=4, color=colours[str(line)], label=line)
+        panel.loglog(runs["l0"], runs[metric], ".", ms=4, alpha=0.6, color=colours[str(line)])
     best = part[fronts.undominated(part, ["l0", metric])]
     panel.loglog(best["l0"], best[metric], "o", mfc="none", color="black", ms=9, label="Pareto front")
     for axis in (panel.xaxis, panel.yaxis):
@@ -176,7 +176,7 @@ def _draw(panel: Axes, part: pd.DataFrame, metric: str, colours: dict[str, str])
     return len(best)
 
 
-def _layer_name(layer: int) -> str:
+def _layer_name(layer: Any) -> str:
     return "last layer" if layer == -1 else f"layer {layer}"
 
 
@@ -259,7 +259,7 @@ def _width(same: pd.DataFrame, shown: pd.DataFrame) -> str:
         .to_numpy()
     )
     _, part = max(shown.groupby("setting"), key=lambda item: len(item[1]))
-    best, widest = part.loc[part["fvu"].idxmin()], part.loc[part["d_features"].idxmax()]
+    best, widest = (part.iloc[int(i)] for i in (part["fvu"].argmin(), part["d_features"].argmax()))
     said = "`firings` is how often a feature fired in training, on average."
     if best["d_features"] == widest["d_features"]:
         return f"The widest dictionary leaves least unexplained. {said}"
