@@ -451,10 +451,3 @@ def test_a_notebook_about_another_model_is_run_by_its_number_only(repo, monkeypa
     monkeypatch.setattr(prepare, "has_smollm2", lambda: False)
     assert run(["--only", "05"], repo) == 2
     assert capsys.readouterr().err == "SmolLM2 is not on this machine: `python -m tclib smollm2` fetches it once.\n"
-
-
-def test_a_model_that_a_notebook_cannot_ask_is_told_which_one_can(repo, capsys):
-    about(repo / "notebooks/02_good.ipynb", instead={"smollm2": "05"})
-    assert run(["--only", "02", "--model", "smollm2"], repo) == 2
-    assert "02_good asks for years of two tokens, and smollm2 writes one digit" in (said := capsys.readouterr().err)
-    assert "notebook 05" in said and said.count("\n") == 1 and not (repo / "runs").exists()

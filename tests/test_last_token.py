@@ -55,8 +55,9 @@ def at_last(edit, rows):
     places=st.lists(st.tuples(st.integers(0, LAYERS - 1), st.sampled_from(PLACES)), max_size=3, unique=True),
     given_values=st.booleans(),
     size=st.integers(1, 5),
+    frozen=st.booleans(),
 )
-def test_it_is_the_whole_model_edited_at_the_last_token(models, family, processed, places, given_values, size):
+def test_it_is_the_whole_model_edited_at_the_last_token(models, family, processed, places, given_values, size, frozen):
     model, prompts = models(family, processed), task()
     last = LastToken(model, prompts, size)
     edits = {}
@@ -64,8 +65,9 @@ def test_it_is_the_whole_model_edited_at_the_last_token(models, family, processe
         name = f"blocks.{layer}.{place}"
         (live,) = gt.at_last_token(model, prompts, layer, [name])
         edits[name] = torch.randn_like(live) if given_values else lambda value: 0.5 * value.flip(-1)
-    hooks = lambda rows: [(name, at_last(edit, rows)) for name, edit in edits.items()]  # noqa: E731
-    assert_close(last.answers(edits), gt.run(model, prompts, hooks), atol=2e-6, rtol=1e-4)
+    held = gt.frozen_scales(model, prompts, -1) if frozen else lambda rows: []  # of all norms
+    hooks = lambda rows: [*held(rows), *((name, at_last(edit, rows)) for name, edit in edits.items())]  # noqa: E731
+    assert_close(last.answers(edits, frozen), gt.run(model, prompts, hooks), atol=2e-6, rtol=1e-4)
     assert_close(last.answers(), gt.run(model, prompts), atol=2e-6, rtol=1e-4)
 
 

@@ -88,8 +88,10 @@ SECOND_SET: dict[str, dict[str, Any]] = {
         "centuries": [13, 15, 18],
         "century": 13,
         "top": 2,
+        "draws": 2,
         "seed": 1,
     },
+    "06b_how_ablation_misleads": {"nouns": ["truce", "lease"], "centuries": [13, 15], "layer": 1, "seed": 1},
 }
 
 

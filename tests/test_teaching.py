@@ -384,6 +384,15 @@ ANSWERS: dict[str, tuple[Callable, dict[str, Any]]] = {
             "feature by feature": lambda z, kept, group: kept_live(z, kept, group, z.mean(1, keepdim=True)),
         },
     ),
+    "balanced_share": (
+        lambda kept, empty, whole: (kept[0] - kept[1] - 0.3) / (whole[0] - whole[1] - 0.3),
+        {
+            "measured from 0": lambda kept, empty, whole: (kept[0] - kept[1]) / (whole[0] - whole[1]),
+            "only the forward": lambda kept, empty, whole: (kept[0] - empty[0]) / (whole[0] - empty[0]),
+            "subtract": lambda kept, empty, whole: (sum(kept) - sum(empty)) / (sum(whole) - sum(empty)),
+            "what is lost": lambda kept, empty, whole: 1 - (kept[0] - kept[1] - 0.3) / (whole[0] - whole[1] - 0.3),
+        },
+    ),
     "fair_start": (
         lambda y, a, W, kept: y.mean(0) + torch.einsum("qi,id->qd", a[:, kept] - a[:, kept].mean(0), W[kept]),
         {
@@ -632,7 +641,7 @@ def test_moving_head(laboratory, capsys):
     ids = gt.year_tokens(lm.tokenizer)
     other = trace.tokens.clone()
     other[8] = ids[80]
-    context = (lm, trace.tokens, other, 35)
+    context = (lm, trace.tokens, other, ids, torch.arange(100) > 35)
     _, there = lm.run_with_cache(other[None])
     _, here = lm.run_with_cache(trace.tokens[None])
     moves = {}
@@ -663,6 +672,47 @@ def test_moving_head(laboratory, capsys):
     for word, value in wrong.items():
         assert word in refused(checks.moving_head, value, *context)
     assert len(wrong) >= 4
+
+
+def replaced(live, group, how, choose=None):
+    """Right for exercise 06b.1; ``choose`` gives the rows for "resample"."""
+    if how == "zero":
+        return torch.zeros_like(live)
+    if how == "mean":
+        return own_means(live, group)
+    value = live.clone()
+    for g in group.unique():
+        rows = (group == g).nonzero()[:, 0]
+        value[rows] = live[rows.roll(1) if choose is None else choose(rows)]
+    return value
+
+
+def test_ablation_value(capsys):
+    checks.ablation_value(replaced)
+    assert "correct: the same prompts, resampled" in capsys.readouterr().out
+
+    def only(how, wrong):
+        return lambda live, group, asked: wrong(live, group) if asked == how else replaced(live, group, asked)
+
+    def in_place(live, group, how):
+        value = replaced(live, group, how)
+        live[:] = value
+        return value
+
+    wrong = {
+        "nothing was replaced": only("zero", lambda live, group: live),
+        "those are the means": only("zero", own_means),
+        "one mean for all groups": only("mean", lambda live, group: live.mean(0).expand_as(live)),
+        "unit by unit": only("mean", lambda live, group: live.mean(1, keepdim=True).expand_as(live)),
+        "another group": only("resample", lambda live, group: live.roll(1, 0)),
+        "kept its own row": only("resample", lambda live, group: live.clone()),
+        "do not mix them": only("resample", own_means),
+        "a row for every prompt": only("resample", lambda live, group: live[:1]),
+        "return": only("resample", lambda live, group: None),
+        "write into a copy": in_place,
+    }
+    for word, answer in wrong.items():
+        assert word in refused(checks.ablation_value, answer), word
 
 
 def test_blind_rule(capsys):

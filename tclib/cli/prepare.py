@@ -35,12 +35,6 @@ def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
     model = parameters.get("model", "bundled")
     if model == "bundled":
         return
-    for path, own in about.items():
-        if other := own.get("instead", {}).get(model):
-            raise Refused(
-                f"{path.stem} asks for years of two tokens, and {model} writes one digit at a time: notebook {other} "
-                f"asks it the same questions (--only {other})."
-            )
     from tclib.checkpoints import check_fit, load_transcoders, memory_plan  # takes seconds to import
     from tclib.checkpoints.load import BUNDLED, WORK_TOKENS
     from tclib.io import hub

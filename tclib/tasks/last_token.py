@@ -36,6 +36,7 @@ class _Batch(NamedTuple):
     stream: list[Float[Tensor, "prompt d_model"]]
     keys: list[Float[Tensor, "prompt pos head d_head"]]
     values: list[Float[Tensor, "prompt pos head d_head"]]
+    scales: dict[str, Float[Tensor, "prompt 1"]]  # what each norm divides by
     cos: Float[Tensor, " d_rotary"]
     sin: Float[Tensor, " d_rotary"]
 
@@ -56,7 +57,7 @@ class LastToken:
         self._refuse(any(not b.before_attn or not b.before_mlp or b.after_attn or b.after_mlp for b in self.blocks))
         self.batches = [self._batch(tokens.to(model.cfg.device), rows) for tokens, rows in prompts.batches(size)]
         first = self.batches[0]
-        mine, models = self._finish(first, 0, {}), _read(self.final, first.stream[-1])
+        mine, models = self._finish(first, 0, {}), _read(self.final, first.stream[-1], {})
         self._refuse(not torch.allclose(mine, models, atol=1e-3 * models.abs().max().item(), rtol=0))
 
     def _refuse(self, differs: bool) -> None:
@@ -65,19 +66,23 @@ class LastToken:
             raise ValueError(f"{name} has other blocks than GPT-2 or Llama, which is all that this can run")
 
     @torch.no_grad()
-    def answers(self, edits: Mapping[str, Edit] | None = None) -> Float[Tensor, "prompt answer"]:
+    def answers(
+        self, edits: Mapping[str, Edit] | None = None, freeze_scales: bool = False
+    ) -> Float[Tensor, "prompt answer"]:
         """Probabilities of the task's answers, with what the last token writes at some places replaced.
 
         Args:
             edits: by hook, ``blocks.23.hook_mlp_out`` for example (see `PLACES`; ``hook_z`` is ``[prompt, head,
                 d_head]``), a tensor for all prompts, or a function from what would be written to what is.
+            freeze_scales: every norm divides by what it divides by in the unchanged model.
         """
         edits = edits or {}
         layers = [self._layer(name) for name in edits]
         ids = self.prompts.answers.to(self.model.cfg.device)
         W_U, b_U = self.model.W_U[:, ids], self.model.b_U[ids]
         logits = [
-            self._finish(batch, min(layers, default=len(self.blocks)), edits) @ W_U + b_U for batch in self.batches
+            self._finish(batch, min(layers, default=len(self.blocks)), edits, freeze_scales) @ W_U + b_U
+            for batch in self.batches
         ]
         return torch.cat(logits).softmax(-1).cpu()
 
@@ -104,7 +109,7 @@ class LastToken:
         hooks = [(name, partial(grab, name=name)) for name in names if name.startswith(f"blocks.{layer}.mlp.")]
         for batch in self.batches:
             with self.model.hooks(fwd_hooks=hooks):
-                seen = self._block(batch, layer, batch.stream[layer], {})[1]
+                seen = self._block(batch, layer, batch.stream[layer], {}, {})[1]
             for name in found.keys() & seen.keys():
                 found[name].append(seen[name])
         for name, values in found.items():
@@ -145,15 +150,22 @@ class LastToken:
         check_layers(self.model, [int(found[1])])
         return int(found[1])
 
-    def _finish(self, batch: _Batch, first: int, edits: Mapping[str, Edit]) -> Float[Tensor, "row d_model"]:
+    def _finish(
+        self, batch: _Batch, first: int, edits: Mapping[str, Edit], freeze_scales: bool = False
+    ) -> Float[Tensor, "row d_model"]:
         """The last token's final stream, normalised, from the first layer that is edited."""
-        x = batch.stream[first]
+        x, scales = batch.stream[first], batch.scales if freeze_scales else {}
         for layer in range(first, len(self.blocks)):
-            x, _ = self._block(batch, layer, x, edits)
-        return _read(self.final, x)
+            x, _ = self._block(batch, layer, x, edits, scales)
+        return _read(self.final, x, scales)
 
     def _block(
-        self, batch: _Batch, layer: int, x: Float[Tensor, "row d_model"], edits: Mapping[str, Edit]
+        self,
+        batch: _Batch,
+        layer: int,
+        x: Float[Tensor, "row d_model"],
+        edits: Mapping[str, Edit],
+        scales: Mapping[str, Tensor],
     ) -> tuple[Float[Tensor, "row d_model"], dict[str, Tensor]]:
         """The stream after a block, and what was written on the way, by hook."""
         block, seen = self.blocks[layer], {}
@@ -164,10 +176,10 @@ class LastToken:
             seen[name] = edit(live) if callable(edit) else edit if edit is live else edit[batch.rows].to(live)
             return seen[name]
 
-        z = written("attn.hook_z", self._mix(batch, layer, _read(block.before_attn, x)))
+        z = written("attn.hook_z", self._mix(batch, layer, _read(block.before_attn, x, scales)))
         x = x + written("hook_attn_out", torch.einsum("nhd,hde->ne", z, block.W_O) + block.b_O)
         seen[f"blocks.{layer}.ln2.hook_normalized"] = block.before_mlp.normalised(x)
-        out = self.model.blocks[layer].mlp(_read(block.before_mlp, x)[:, None])[:, 0]
+        out = self.model.blocks[layer].mlp(_read(block.before_mlp, x, scales)[:, None])[:, 0]
         return x + written("hook_mlp_out", out), seen
 
     def _mix(self, batch: _Batch, layer: int, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row head d_head"]:
@@ -189,6 +201,8 @@ class LastToken:
         wanted = {f"blocks.{n}.attn.{hook}" for n in layers for hook in (key, "hook_v")}
         wanted |= {f"blocks.{n}.hook_resid_pre" for n in layers}
         wanted |= {f"blocks.{layers[-1]}.hook_resid_post", "blocks.0.attn.hook_cos", "blocks.0.attn.hook_sin"}
+        norms = [self.final, *(norm for b in self.blocks for norm in (b.before_attn, b.before_mlp) if norm)]
+        wanted |= {f"{norm.hook}.hook_scale" for norm in norms}
         _, cache = self.model.run_with_cache(tokens, names_filter=lambda name: name in wanted)
         self._refuse(f"blocks.0.attn.{key}" not in cache)
         stream = [cache[f"blocks.{n}.hook_resid_pre"][:, -1].clone() for n in layers]
@@ -196,11 +210,14 @@ class LastToken:
         keys, values = ([cache[f"blocks.{n}.attn.{hook}"][:, :-1] for n in layers] for hook in (key, "hook_v"))
         none = stream[0].new_zeros(0)
         cos, sin = (cache[f"blocks.0.attn.hook_{p}"][0, -1] if rotary else none for p in ("cos", "sin"))
-        return _Batch(rows, stream, keys, values, cos, sin)
+        scales = {norm.hook: cache[f"{norm.hook}.hook_scale"][:, -1].clone() for norm in norms}
+        return _Batch(rows, stream, keys, values, scales, cos, sin)
 
 
-def _read(norm: Norm, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
-    return norm.normalised(x) * norm.gain + norm.bias
+def _read(norm: Norm, x: Float[Tensor, "row d_model"], scales: Mapping[str, Tensor]) -> Float[Tensor, "row d_model"]:
+    """What a norm makes of the stream, divided by the scale that is frozen for it, if one is."""
+    frozen = scales.get(norm.hook)
+    return (norm.normalised(x) if frozen is None else norm.centre(x) / frozen) * norm.gain + norm.bias
 
 
 def _turned(x: Float[Tensor, "row head d_head"], cos: Tensor, sin: Tensor) -> Float[Tensor, "row head d_head"]:

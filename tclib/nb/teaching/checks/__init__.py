@@ -17,15 +17,25 @@ from tclib.nb.teaching.checks.check_evaluation import (
     top_neurons,
 )
 from tclib.nb.teaching.checks.check_features import name_scores, promoted, tokens_needed
-from tclib.nb.teaching.checks.check_greater_than import backward_difference, fair_start, keep_live, moving_head, warmer
+from tclib.nb.teaching.checks.check_greater_than import (
+    ablation_value,
+    backward_difference,
+    balanced_share,
+    fair_start,
+    keep_live,
+    moving_head,
+    warmer,
+)
 from tclib.nb.teaching.checks.check_routes import integrated, visible_part
 from tclib.nb.teaching.checks.check_search import attention_moves, path_search, removal
 from tclib.nb.teaching.checks.check_training import best_activation, dodge, transcoder
 
 __all__ = [
+    "ablation_value",
     "attention_moves",
     "auroc",
     "backward_difference",
+    "balanced_share",
     "best_activation",
     "blind_rule",
     "cross_removal",

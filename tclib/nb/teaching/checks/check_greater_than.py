@@ -1,17 +1,16 @@
-"""Checks of notebooks 06 and 09: greater than."""
+"""Checks of notebooks 06, 06b and 09: greater than."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import interventions
 from tclib.nb.teaching.verdict import accept, call, judge, reject
-from tclib.tasks import greater_than as gt
 
 
 def backward_difference(answer: Callable[[Tensor, int], float]) -> None:
@@ -37,19 +36,20 @@ def moving_head(
     model: TransformerBridge,
     tokens: Int[Tensor, " pos"],
     other: Int[Tensor, " pos"],
-    YY: int,
+    answers: Int[Tensor, " answer"],
+    right: Bool[Tensor, " answer"],
 ) -> None:
     """Exercise 06.2, the head (layer, head) that moves YY: exchanged between two prompts, it moves the answer most.
 
-    Expected: for every head, the difference of what it *writes* in the two prompts added to the stream at the last
-    token. A head within 2% of the largest movement counts as right.
+    ``answers`` are the tokens that can answer the first prompt, and ``right`` those that are. Expected: for every head,
+    the difference of what it *writes* in the two prompts added to the stream at the last token. A head within 2% of the
+    largest movement counts as right.
     """
     tried = "for every head, the difference between what it writes in the two prompts added at the last token"
-    ids = gt.year_tokens(model.tokenizer)
-    weights = torch.where(torch.arange(100) > YY, 1 / (99 - YY), -1 / (YY + 1))
+    weights = right / right.sum() - 1.0 * ~right / (~right).sum()
     pair = torch.stack([tokens, other])
     _, cache = model.run_with_cache(pair, names_filter=lambda name: name.endswith(("hook_z", "hook_pattern")))
-    whole = float(interventions.run(model, tokens[None], [])[0, -1, ids] @ weights)
+    whole = float(interventions.run(model, tokens[None], [])[0, -1, answers] @ weights)
     moves = {}
     for layer in range(model.cfg.n_layers):
         z = cache[f"blocks.{layer}.attn.hook_z"][:, -1]  # [prompt, head, d_head]
@@ -57,7 +57,7 @@ def moving_head(
             written = (z[1, head] - z[0, head]) @ model.W_O[layer, head]
             added = _added(written)
             logits = interventions.run(model, tokens[None], [(f"blocks.{layer}.hook_attn_out", added)])
-            moves[layer, head] = float(logits[0, -1, ids] @ weights) - whole
+            moves[layer, head] = float(logits[0, -1, answers] @ weights) - whole
     best = max(moves, key=lambda name: abs(moves[name]))
     wanted = f"{best}, which moves it by {moves[best]:.3f}"
     given = call(answer, tried)
@@ -112,8 +112,68 @@ def keep_live(answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     judge(tried, call(answer, tried, z.clone(), kept, group), expected, mistakes, cause)
 
 
+def ablation_value(answer: Callable[[Tensor, Tensor, str], Tensor]) -> None:
+    """Exercise 06b.1, what is put in a part's place, from ``live [prompt, unit], group [prompt], how``.
+
+    Expected: loops over prompts; for "resample" any other prompt of the same group will do.
+    """
+    live = torch.rand(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    group = torch.tensor([5, 2, 5, 2, 5, 2, 2])
+    members = {g: [i for i in range(7) if group[i] == g] for g in (2, 5)}
+    means = torch.stack([torch.stack([live[i] for i in members[g]]).sum(0) / len(members[g]) for g in group.tolist()])
+
+    def asked(how: str, wanted: str) -> Tensor:
+        passed = live.clone()
+        value = call(answer, tried, passed, group, how)
+        if not torch.equal(passed, live):
+            reject(tried, wanted, "the activations that were passed have changed", "write into a copy: live.clone()")
+        return value
+
+    tried = "7 prompts in 2 groups, at zero"
+    mistakes = {"nothing was replaced": live, "those are the means": means}
+    judge(tried, asked("zero", "zeros"), torch.zeros_like(live), mistakes, "zero is zero for every prompt and unit")
+    tried = "the same prompts, at the mean"
+    mistakes = {
+        "one mean for all groups: what differs between nouns goes as well": live.mean(0).expand_as(live),
+        "the mean over units: it is over prompts, unit by unit": live.mean(1, keepdim=True).expand_as(live),
+        "nothing was replaced": live,
+    }
+    judge(tried, asked("mean", "means"), means, mistakes, "for each group: the mean over its prompts")
+    tried, wanted = "the same prompts, resampled", "for each prompt, what another prompt of its group has"
+    for _ in range(8):  # a wrong draw may come out right by chance
+        drawn = asked("resample", wanted)
+        if not isinstance(drawn, Tensor) or drawn.shape != live.shape:
+            reject(tried, wanted, repr(drawn)[:80], "return a row for every prompt")
+        place = torch.cdist(drawn, live).argmin(1)  # which prompt each row is from
+        if not torch.equal(live[place], drawn):
+            reject(tried, wanted, "rows that no prompt has", "take whole rows, and do not mix them")
+        if not torch.equal(group[place], group):
+            reject(tried, wanted, f"rows {place.tolist()}", "some are from another group: the noun would change too")
+        if (place == torch.arange(7)).any():
+            reject(tried, wanted, f"rows {place.tolist()}", "a prompt kept its own row: nothing was taken out there")
+    accept(tried)
+
+
+def balanced_share(answer: Callable[[Sequence[float], Sequence[float], Sequence[float]], float]) -> None:
+    """Exercise 06b.3, the share that a changed model keeps, from ``kept, empty, whole``, pairs of PD forwards and
+    backwards. Expected: how far along the line from ``empty`` to ``whole`` the balanced score lies."""
+    kept, empty, whole = (0.6, -0.2), (0.4, 0.1), (0.9, -0.5)
+    tried = "PD 0.6 and -0.2 kept, 0.4 and 0.1 empty, 0.9 and -0.5 whole"
+    low, middle, high = ((ahead - back) / 2 for ahead, back in (empty, kept, whole))
+    expected = next(n / 11 for n in range(12) if abs(low + n / 11 * (high - low) - middle) < 1e-9)
+    added = [sum(pair) for pair in (empty, kept, whole)]
+    mistakes = {
+        "measured from 0: a model that knows nothing would have a share": middle / high,
+        "only the forward scores: always answering late would have a share": (0.6 - 0.4) / (0.9 - 0.4),
+        "backwards a model that compares is negative: subtract": (added[1] - added[0]) / (added[2] - added[0]),
+        "that is what is lost, not what is kept": 1 - expected,
+    }
+    cause = "balance each pair, then measure from empty, in units of whole minus empty"
+    judge(tried, call(answer, tried, kept, empty, whole), expected, mistakes, cause)
+
+
 def warmer(answer: Callable[[Tensor, float], Tensor]) -> None:
-    """Exercise 06.4, probabilities after LayerNorm's scale grew by a factor. Expected: softmax of divided logits."""
+    """Exercise 06b.2, probabilities after LayerNorm's scale grew by a factor. Expected: softmax of divided logits."""
     logits = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 + 5
     prob, factor = logits.softmax(0), 0.8
     tried = f"100 probabilities and a scale {factor} times as large"
