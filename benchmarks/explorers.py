@@ -3,12 +3,13 @@
     python benchmarks/explorers.py
 
 Each interaction is moved there and back a few times, as a hand would; what is measured is the time until all views are
-ready to be sent to the browser. Nothing is cached between the two, except what an explorer itself keeps. The last line
-is the headline.
+ready to be sent to the browser. Nothing is cached between the two, except what an explorer itself keeps. What the page
+of the editor does alone is timed by `tests/test_graph_browser.py`. The last line is the headline.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import pandas as pd
 
 import tclib as tc
 from tclib import ui
+from tclib.circuits.editing import FROZEN
 from tclib.features import Index, Summary, build_index, load_summary
 
 PROMPT, OTHER = "The war lasted from the year 1732 to the year 17", "The siege ended in the year 1545; it began in 15"
@@ -61,15 +63,15 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
 
     editor = ui.Editor(model, transcoders, PROMPT, "45", "20")
     yield "editor: prompt", settings(editor.prompt, PROMPT.replace("war", "siege"), PROMPT)
-    yield "editor: threshold", settings(editor.share, 0.02, 0.05)
-    yield "editor: nodes drawn", settings(editor.top, 30, 15)
-    editor.nodes.value = [name for _, name in editor.nodes.options if name.startswith("mlp")][:4]
-    yield "editor: pin", [editor.pin.click]
-    yield "editor: group and ungroup", [editor.join.click, editor.split.click]
-    yield "editor: take out four", [editor.out.click]
-    if not editor.edited:
-        editor.out.click()
-    yield "editor: frozen or free", settings(editor.frozen, "all else frozen", "all else answers")
+    features = sorted((n["influence"], n["node_id"]) for n in editor.file["nodes"] if n["activation"] is not None)
+    four = [[name, 0.0] for _, name in features[:4]]
+
+    def sent(number: int, **state) -> str:
+        return json.dumps({"n": number, "of": editor._sent, "state": {**editor.state, **state}})
+
+    yield "editor: ablate four", settings(editor.asked, sent(1, edits=four), sent(2, edits=[]))
+    modes = [sent(3 + number, edits=four, frozen=mode) for number, mode in enumerate(FROZEN)]
+    yield "editor: frozen or free", settings(editor.asked, *modes)
 
     weights = ui.Weights(transcoders, index, 2, 1334)
     yield "weights: feature", settings(weights.feature, "107", "1334")

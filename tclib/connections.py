@@ -127,11 +127,17 @@ def logit_lens(trace: Trace, layer: int, index: int) -> pd.Series:
     Returns:
         A Series by token string, largest first; units of a logit per unit of activation / LayerNorm scale.
     """
-    index = trace.feature(layer, index)
+    scores = logit_lenses(trace, layer, [trace.feature(layer, index)])[0]
+    return _ranked(scores, "logit_lens", _vocabulary(trace.model))
+
+
+@torch.no_grad()
+def logit_lenses(trace: Trace, layer: int, features: Sequence[int]) -> Float[Tensor, "feature vocab"]:
+    """`logit_lens` of several features of a layer at once, by token id."""
     readers = trace.centre("final", 0, (trace.gain("final", 0)[0][:, None] * trace.model.W_U).T)
     writes = _writes(trace.transcoders[layer], layer, trace.model.cfg.n_layers)
-    scores = torch.stack([_before(trace, at, readers) @ rows[index] for at, rows in writes]).sum(0)
-    return _ranked(scores - scores.mean(), "logit_lens", _vocabulary(trace.model))
+    scores = torch.stack([rows[list(features)] @ _before(trace, at, readers).T for at, rows in writes]).sum(0)
+    return scores - scores.mean(-1, keepdim=True)
 
 
 @torch.no_grad()

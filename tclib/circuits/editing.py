@@ -1,46 +1,41 @@
 """Edit a circuit: prune and group its nodes without losing flow, take its features out or set them to a value.
 
-Pure functions of a circuit (`path_graph.merge`) or of a trace; the explorer `tclib.ui.editor` is a shell around them.
+Pure functions of a circuit (`path_graph.merge`), of a graph or of a trace; the explorer `tclib.ui.editor` measures and
+predicts by them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import networkx as nx
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tclib import interventions
-from tclib.activations import hook_out
+from tclib.activations import hook_in, hook_out
 from tclib.circuits import validation
-from tclib.circuits.layout import layout
+from tclib.circuits.graph import Graph
 from tclib.circuits.one_step import BIASES, PromptGraph
-from tclib.circuits.path_bounds import Bounds, finish
 from tclib.circuits.path_graph import UNLISTED, merge
-from tclib.circuits.path_search import SearchResult, searching
+from tclib.circuits.path_search import SearchResult, best_first
 from tclib.targets import Target
 from tclib.tracing import Trace
 
 MOST_TABLES, MOST_PATHS = 400, 300  # of one search, so that it answers soon and can be drawn
 FROZEN: dict[str, tuple[interventions.Frozen, ...]] = {
     "all else answers": (),
+    "attention frozen": ("patterns", "scales"),
     "all else frozen": ("patterns", "scales", "mlps"),
 }
 
 
 def search(graph: PromptGraph, target: Target, share: float) -> tuple[SearchResult, nx.DiGraph]:
     """Paths of at least ``share`` of the target's value, at most `MOST_PATHS`, and the circuit they merge into."""
-    return finish(searched(graph, target, share))
-
-
-def searched(
-    graph: PromptGraph, target: Target, share: float, bounds: Bounds | None = None
-) -> Generator[float, None, tuple[SearchResult, nx.DiGraph]]:
-    """`search` in turns: yields how much of it is done."""
-    least = share * abs(target.value(graph.trace))
-    found = yield from searching(graph, target, least, limit=MOST_TABLES, bounds=bounds)
+    found = best_first(graph, target, share * abs(target.value(graph.trace)), limit=MOST_TABLES)
     if rest := [path.contribution for path in found.paths[MOST_PATHS:]]:
         found = replace(
             found,
@@ -153,34 +148,72 @@ def ablation(
 
 @torch.no_grad()
 def edited_trace(trace: Trace, nodes: Sequence[tuple[int, int, int]], values: Sequence[float], frozen: str) -> Trace:
-    """The prompt with features set to values, all at once: residual stream, scales and logits are the edited model's.
+    """The prompt with features set to values, all at once: residual stream, scales, logits and features are the edited
+    model's. An edited feature keeps its value whatever earlier edits would have made of it; ``features`` has what its
+    encoder reads.
 
     Args:
         nodes, values, frozen: as in `ablation`.
     """
-    change: dict[int, torch.Tensor] = {}
-    for (layer, position, feature), value in zip(nodes, values, strict=True):
-        moved = value - trace.features[layer][position, feature]
-        for later in range(trace.transcoders[layer].reach):
-            added = change.setdefault(layer + later, torch.zeros_like(trace.cache[hook_out(layer)]))
-            added[position] += moved * trace.transcoders[layer].rows(later)[feature]
     hooks = interventions.freeze(trace.cache, FROZEN[frozen])
-    writes = {layer: trace.transcoders[layer].config.hook_out for layer in change}
-    hooks += [(writes[layer], lambda y, hook, added=added: y + added) for layer, added in change.items()]
+    together: dict[tuple[int, int], dict[int, float]] = {}
+    for (layer, position, feature), value in zip(nodes, values, strict=True):
+        together.setdefault((layer, position), {})[feature] = float(value)
+    for (layer, position), new in together.items():
+        transcoder, z = trace.transcoders[layer], trace.features[layer][position]
+        goal = z.index_put((z.new_tensor(list(new), dtype=torch.long),), z.new_tensor(list(new.values())))
+        if "mlps" not in FROZEN[frozen]:
+            hooks += interventions.set_features(layer, transcoder, list(new), goal, position)
+            continue
+        for later in range(transcoder.reach):  # frozen outputs hold what the features wrote before
+            added = torch.zeros_like(trace.cache[hook_out(layer)])
+            added[position] = (goal - z) @ transcoder.rows(later)
+            writes = trace.transcoders[layer + later].config.hook_out
+            hooks.append((writes, lambda y, hook, added=added: y + added))
     needed = {name for name in trace.cache if "hook_resid" in name or name.endswith(("hook_scale", "hook_embed"))}
-    needed.add("ln_final.hook_normalized")
+    needed |= {"ln_final.hook_normalized", *map(hook_in, trace.transcoders)}
     with interventions.edited(trace.model, hooks):
         _, cache = trace.model.run_with_cache(trace.tokens[None], names_filter=needed.__contains__)
-    return replace(trace, cache={name: value[0] for name, value in cache.items()})
+    kept = {name: value[0] for name, value in cache.items()}
+    features = {layer: t.encode(kept[hook_in(layer)]) for layer, t in trace.transcoders.items()}
+    return replace(trace, cache=kept, features=features)
 
 
-def account(circuit: nx.DiGraph, target: Target, value: float) -> str:
-    """One sentence: how much of the target comes along what is drawn, and what the rest is."""
-    aside = layout(circuit, len(circuit)).aside
-    said = {"remainder": "smaller paths", "bias": "biases", "error": "what transcoders miss"}
-    parts = [f"{aside[kind]:+.3f} from {name}" for kind, name in said.items() if kind in aside]
-    drawn = f"{value - sum(aside.values()):+.3f} along what is drawn"
-    return f"{target.name} is {value:.3f}: {', '.join([drawn, *parts])}"
+@torch.no_grad()
+def predict(trace: Trace, graph: Graph, edits: Mapping[int, float], frozen: str) -> Float[Tensor, " node"]:
+    """What a graph says that edits change: of each feature its activation, of each target its value; 0 elsewhere.
+
+    The effects of what is edited add up. With all else frozen that is all, and exact for targets; otherwise later
+    features answer, layer by layer, by their own threshold, and pass on what that changes. Silent features, errors,
+    attention and LayerNorm scales do not answer (Ameisen et al. 2025), nor do TopK's features compete.
+
+    Args:
+        edits: row of a feature in the graph to its new activation.
+        frozen: a key of `FROZEN`.
+
+    Raises:
+        ValueError: all else frozen with skip transcoders, whose skip paths are in the graph.
+    """
+    if "mlps" in FROZEN[frozen] and any(t.W_skip is not None for t in trace.transcoders.values()):
+        raise ValueError(
+            "the effects in this graph run through skip paths, which frozen MLPs cut: choose 'attention frozen' instead"
+        )
+    nodes, effects = graph.nodes, graph.adjacency
+    old, value = (effects.new_tensor(nodes[name].fillna(0).tolist()) for name in ("activation", "value"))
+    change, moved = torch.zeros_like(old), torch.zeros_like(old)  # moved: as a share of the old activation
+    for row, new in edits.items():
+        change[row] = new - old[row]
+        moved[row] = change[row] / old[row]
+    for layer, rows in nodes[nodes["kind"] == "feature"].groupby("layer").groups.items():
+        rows = torch.tensor([row for row in rows if row not in edits], dtype=torch.long, device=old.device)
+        pre, threshold = value[rows] + effects[rows] @ moved, trace.transcoders[layer].threshold
+        least = 0 if threshold is None else threshold[nodes["feature"].iloc[rows.tolist()].tolist()]
+        change[rows] = pre * (pre > least) * (pre > 0) - old[rows]
+        if "mlps" not in FROZEN[frozen]:
+            moved[rows] = change[rows] / old[rows]
+    ends = torch.tensor((nodes["kind"] == "target").to_numpy(), device=old.device)
+    change[ends] = effects[ends] @ moved
+    return change
 
 
 def apart(circuit: nx.DiGraph, node: str) -> bool:

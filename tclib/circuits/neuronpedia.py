@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -100,8 +100,29 @@ def save_graph_json(
     source: str | None = None,
     pinned: Collection[tuple[int, int, int]] = (),
     groups: Mapping[str, Collection[tuple[int, int, int]]] | None = None,
+    names: Callable[[int, int], str] | None = None,
 ) -> Path:
-    """Write ``folder/slug.json`` and enter it in ``folder/graph-metadata.json``.
+    """Write `graph_json` as ``folder/slug.json`` and enter it in ``folder/graph-metadata.json``."""
+    folder = Path(folder)
+    content = graph_json(trace, graph, slug, scan, source, pinned, groups, names)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{slug}.json"
+    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    _enter(folder / "graph-metadata.json", content["metadata"])
+    return path
+
+
+def graph_json(
+    trace: Trace,
+    graph: Graph,
+    slug: str,
+    scan: str,
+    source: str | None = None,
+    pinned: Collection[tuple[int, int, int]] = (),
+    groups: Mapping[str, Collection[tuple[int, int, int]]] | None = None,
+    names: Callable[[int, int], str] | None = None,
+) -> dict:
+    """An attribution graph as those viewers read it.
 
     An MLP without a transcoder becomes an error node, and a token's position embedding joins its token node. Biases and
     a remainder have no node there: their share of all |effects| is said in the description.
@@ -114,13 +135,14 @@ def save_graph_json(
         pinned: features (layer, position, feature) that the viewer shows at once; those that the graph lacks are left
             out.
         groups: features that the viewer shows as one node of this name.
+        names: gives a feature of a layer the name that stands at its nodes, such as `tclib.features.naming.Names`.
 
     Raises:
         ValueError: a slug that is no plain name, or more edges than anyone could look at.
     """
     if not re.fullmatch(r"[\w-]+", slug):
         raise ValueError(f"slug {slug!r} is not a plain name: use letters, digits, - and _")
-    nodes, ids = _nodes(trace, graph)
+    nodes, ids = _nodes(trace, graph, names)
     rows, columns = graph.adjacency.nonzero(as_tuple=True)
     effects = zip(rows.tolist(), columns.tolist(), graph.adjacency[rows, columns].tolist(), strict=True)
     if len(rows) > MOST_EDGES:
@@ -152,25 +174,24 @@ def save_graph_json(
 
     supernodes = [[name, *members] for name, of in (groups or {}).items() if (members := present(of))]
     shown = dict.fromkeys([*present(pinned), *(member for _, *members in supernodes for member in members)])
-    content = _File(
-        metadata=metadata, qParams=_QParams(pinnedIds=list(shown), supernodes=supernodes), nodes=nodes, links=links
-    )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{slug}.json"
-    write_whole(path, (content.model_dump_json(indent=1) + "\n").encode())
-    _enter(folder / "graph-metadata.json", metadata)
-    return path
+    state = _QParams(pinnedIds=list(shown), supernodes=supernodes)
+    return _File(metadata=metadata, qParams=state, nodes=nodes, links=links).model_dump()
 
 
-def _nodes(trace: Trace, graph: Graph) -> tuple[list[_Node], dict[int, str]]:
-    """The nodes, and the id of the node that each of ours went into."""
+def node_ids(trace: Trace, graph: Graph) -> dict[int, str]:
+    """The id of the node that each row of a graph goes into; biases and a remainder go into none."""
+    return _nodes(trace, graph)[1]
+
+
+def _nodes(
+    trace: Trace, graph: Graph, names: Callable[[int, int], str] | None = None
+) -> tuple[list[_Node], dict[int, str]]:
     rank = _cumulative(graph)
     made: dict[str, _Node] = {}
     ids: dict[int, str] = {}
     table = graph.nodes
     taken = {f"{n.layer}_{n.feature}_{n.position}" for n in table[table["kind"] == "feature"].itertuples()}
-    first_target = True
+    targets = 0
     for row, node in enumerate(table.itertuples()):
         if node.kind not in _KINDS:
             continue
@@ -181,7 +202,7 @@ def _nodes(trace: Trace, graph: Graph) -> tuple[list[_Node], dict[int, str]]:
             paired = (layer + index) * (layer + index + 1) // 2 + index  # Cantor's pairing
             new = _Node(
                 node_id=f"{layer}_{index}_{at}", feature=paired, layer=str(layer), jsNodeId=f"{layer}_{index}-0",
-                activation=node.activation, **common,
+                activation=node.activation, clerp=names(layer, index) if names else "", **common,
             )  # fmt: skip
         elif node.kind in ("error", "mlp"):
             name = f"0_{node.layer}_{at}"
@@ -194,14 +215,14 @@ def _nodes(trace: Trace, graph: Graph) -> tuple[list[_Node], dict[int, str]]:
         else:
             layer, token = trace.model.cfg.n_layers + 1, node.logit
             if pd.isna(token) or f"{layer}_{token}_{at}" in made:  # numbers behind the vocabulary, as in circuit-tracer
-                token = trace.model.cfg.d_vocab + len(ids)
+                token = trace.model.cfg.d_vocab + targets
             common["influence"] = None
             new = _Node(
                 node_id=f"{layer}_{token}_{at}", feature=token, layer=str(layer), jsNodeId=f"L_{token}-{at}",
-                token_prob=node.weight, is_target_logit=first_target, clerp=f"{node.name} (p={node.weight:.3f})",
+                token_prob=node.weight, is_target_logit=targets == 0, clerp=f"{node.name} (p={node.weight:.3f})",
                 **common,
             )  # fmt: skip
-            first_target = False
+            targets += 1
         made.setdefault(new.node_id, new)
         ids[row] = new.node_id
     return list(made.values()), ids
@@ -215,7 +236,7 @@ def _cumulative(graph: Graph) -> list[float]:
     return torch.empty_like(shares).scatter(0, order, shares).tolist()
 
 
-def _enter(path: Path, metadata: _Metadata) -> None:
+def _enter(path: Path, metadata: dict) -> None:
     listed = json.loads(read_text(path))["graphs"] if path.is_file() else []
-    listed = [other for other in listed if other["slug"] != metadata.slug] + [metadata.model_dump()]
+    listed = [other for other in listed if other["slug"] != metadata["slug"]] + [metadata]
     write_whole(path, (json.dumps({"graphs": listed}, indent=1) + "\n").encode())

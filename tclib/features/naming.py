@@ -23,7 +23,7 @@ from tclib.transcoder import Transcoder
 
 EXAMPLES = 40  # strongest activations from which a name is made
 ENOUGH = 0.6  # share of their activation that a name has to cover
-BEFORE = 12  # tokens in front of an example in which an earlier number is looked for
+BEFORE, AFTER = 12, 4  # tokens around an example; an earlier number is looked for in those before it
 WIDEST = 50  # a wider range of earlier numbers says nothing
 PROMOTED = 5  # tokens that a feature raises most, in `Names.promotes`
 
@@ -77,6 +77,16 @@ class Names:
         top = effect.topk(PROMOTED)
         strings, weights = self._read(top.indices.tolist()), top.values.clamp(min=0).numpy() + 1e-9
         return _numbers(strings, weights) or ", ".join(s.strip() or repr(s) for s in strings[:3])
+
+    def examples(self, layer: int, feature: int, k: int = 4) -> list[tuple[list[str], int]]:
+        """The tokens around each of the ``k`` strongest activations, and which of them it is at."""
+        values, places = (part[feature] for part in self._strongest[layer])
+        found = []
+        for place in places[values > 0][:k].tolist():
+            row, at = divmod(place, self.tokens.shape[1])
+            start = max(1, at - BEFORE)
+            found.append((self._read(self.tokens[row, start : at + AFTER + 1].tolist()), at - start))
+        return found
 
     def column(self, table: pd.DataFrame) -> pd.Series:
         """The name of each row of a table of `tclib.attribute`; empty where the source is no feature."""

@@ -129,7 +129,7 @@ class Explorer:
         self.progress.value, self._under_way.layout.display = 0.0, "flex"
         try:
             while self._work is work and self._goes_on(work):
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.01)  # a message that came meanwhile needs several turns of the loop
         finally:
             work.close()
             if self._work in (work, None):

@@ -7,7 +7,7 @@ with hover titles, is for a saved file or a trusted notebook.
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
@@ -48,13 +48,10 @@ def _fold(circuit: nx.DiGraph, name: str, weight: float, top: int, depth: int, o
     return f'<details{state} style="margin-left: 20px"><summary>{text}</summary>{inner}</details>'
 
 
-def circuit_svg(circuit: nx.DiGraph, top: int = 30, out: Collection[str] = ()) -> str:
+def circuit_svg(circuit: nx.DiGraph, top: int = 30) -> str:
     """The drawing of `circuit_figure` as one SVG element; resting on a node or edge tells its numbers.
 
     It is as wide as the page allows, up to its natural size.
-
-    Args:
-        out: nodes to be struck through, because an experiment takes them out or sets them.
     """
     plan = layout(circuit, top)
     width = UNIT * max(x for x, _ in plan.places.values()) + MARGIN + 60
@@ -79,15 +76,10 @@ def circuit_svg(circuit: nx.DiGraph, top: int = 30, out: Collection[str] = ()) -
     for name, (x, y, half) in boxes.items():
         data = circuit.nodes[name]
         told = f"{name} {data.get('token', '')!r}: {data['contribution']:+.3f}"
-        box, ink = 'stroke="gray" fill="white"', 'fill="black"'
-        if name in out:
-            told += " (edited)"
-            box = 'stroke="black" fill="#dddddd" stroke-dasharray="3 2"'
-            ink = 'fill="#444444" text-decoration="line-through"'
         parts.append(
             f'<g><title>{html.escape(told)}</title><rect x="{x - half:.1f}" y="{y - TALL:.1f}" width="{2 * half:.1f}" '
-            f'height="{2 * TALL}" rx="4" {box}/><text x="{x:.1f}" y="{y + 4:.1f}" font-size="11.5" {ink} '
-            f'text-anchor="middle">{html.escape(label(name, data))}</text></g>'
+            f'height="{2 * TALL}" rx="4" stroke="gray" fill="white"/><text x="{x:.1f}" y="{y + 4:.1f}" '
+            f'font-size="11.5" fill="black" text-anchor="middle">{html.escape(label(name, data))}</text></g>'
         )
     for y, row in plan.rows:
         parts.append(f'<text x="2" y="{height - 76 - LEVEL * y:.1f}" font-size="12">{html.escape(row)}</text>')
@@ -130,9 +122,9 @@ def _route(boxes: Mapping[str, tuple[float, float, float]], source: str, reader:
     return best
 
 
-def page_html(circuit: nx.DiGraph, title: str, top: int = 30, out: Collection[str] = ()) -> str:
+def page_html(circuit: nx.DiGraph, title: str, top: int = 30) -> str:
     """One self-contained page, which needs no kernel and no network: the drawing above the tree."""
-    body = f"<h1>{html.escape(title)}</h1>{circuit_svg(circuit, top, out)}{circuit_tree(circuit)}"
+    body = f"<h1>{html.escape(title)}</h1>{circuit_svg(circuit, top)}{circuit_tree(circuit)}"
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title></head>'
     return f"{head}<body>{body}</body></html>\n"
 

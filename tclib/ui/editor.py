@@ -1,288 +1,261 @@
-"""Edit a circuit: prune, pin and group its nodes without losing flow, take features out and compare with the model."""
+"""A graph to work with: pin, group, prune and name its nodes in the browser, edit features and compare with the model.
+
+Python makes the graph and measures edits; all else is done by the front end (`tclib.ui.graph_page`) alone.
+"""
 
 from __future__ import annotations
 
-import itertools
-import math
-import tempfile
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
-import networkx as nx
 import pandas as pd
-import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.circuits.editing import (
-    FROZEN,
-    ablation,
-    account,
-    apart,
-    edited_trace,
-    group,
-    imbalance,
-    prune,
-    searched,
-)
-from tclib.circuits.graph import build_graph
-from tclib.circuits.neuronpedia import save_graph_json
-from tclib.circuits.one_step import PromptGraph, prompt_graph
-from tclib.circuits.path_bounds import bounding
-from tclib.circuits.path_graph import UNLISTED
-from tclib.circuits.pruning import prune as prune_graph
+from tclib.circuits.editing import FROZEN, edited_trace, predict
+from tclib.circuits.graph import Graph, build_graph, salient_logits
+from tclib.circuits.neuronpedia import graph_json, node_ids
+from tclib.circuits.pruning import influence, prune
+from tclib.model import to_tokens, token_strings
 from tclib.targets import Target
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
 from tclib.ui.answers import Question, next_tokens
-from tclib.ui.base import Explorer, Work, replace_options
-from tclib.ui.circuit_page import circuit_svg, page_html
-from tclib.ui.markup import download, paper, table
+from tclib.ui.base import Explorer, Work
+from tclib.ui.graph_page import FRONT, cards, script
 
 if TYPE_CHECKING:
+    from tclib.features.naming import Names
     from tclib.ui.selected import Selected
 
-MOST_FEATURES = 3000  # of the graph that is saved
+MOST_FEATURES, MOST_NODES = 3000, 500  # of the graph that predicts; of the one that is shown
+CLOSE = 0.02  # of a feature's activation, by which that in an opened file may differ from ours
 
 
 def moved_tokens(before: Trace, after: Trace) -> pd.DataFrame:
     """The likeliest next tokens after an edit: ``next_token``, and its probability ``before`` and ``after``."""
     best, old = next_tokens(after), before.logits[-1].softmax(-1)
-    return pd.DataFrame(
-        {
-            "next_token": best["token"],
-            "before": [old[index].item() for index in best["id"]],
-            "after": best["probability"],
-        }
-    )
+    probabilities = old[best["id"].tolist()].tolist()
+    return pd.DataFrame({"next_token": best["token"], "before": probabilities, "after": best["probability"]})
 
 
 class Editor(Explorer):
-    """Nodes are chosen in the list (Shift and Ctrl choose several); the buttons act on what is chosen."""
+    """One graph. Its pins, supernodes, names and edits are in ``state``, as ``qParams`` of Neuronpedia's files."""
 
     def __init__(
         self,
         model: TransformerBridge,
         transcoders: Mapping[int, Transcoder],
         prompt: str,
-        token: str,
+        token: str = "",
         other: str = "",
         selected: Selected | None = None,
+        names: Names | None = None,
     ):
-        self.model, self.transcoders, self.circuit = model, dict(transcoders), nx.DiGraph()
-        self.graph = self.bounds = None
-        self.pinned: set[str] = set()
-        self.groups: dict[str, set[str]] = {}
-        self.edited: dict[str, float] = {}
+        """Args:
+        token: the answer to explain, rather than ``other`` if that is given; empty explains the likeliest next tokens.
+        names: names of the features, and the text that their cards quote; without it they have their numbers.
+        """
+        self.model, self.transcoders, self.names = model, dict(transcoders), names
+        # A name that says nothing is none: then the number stands there.
+        self._name = cache(lambda *feature: "" if (name := names(*feature)) in ("various", "silent") else name)
+        self.file: dict[str, Any] = {}
+        self.state: dict[str, Any] = {}
+        self._sent, self._told = 0, 0
         self.question = Question(prompt, token, other)
         self.prompt, self.token, self.other = self.question.fields
-        shares = [(f"{share:.0%}", share) for share in (0.2, 0.1, 0.05, 0.03, 0.02)]
-        self.share = w.SelectionSlider(options=shares, value=0.03, description="paths from", continuous_update=False)
-        wide = w.Layout(width="290px")
-        self.top = w.IntSlider(15, 1, 40, description="draw", continuous_update=False)
-        self.nodes = w.SelectMultiple(description="nodes", rows=16, layout=wide)
-        self.pin = w.Button(description="pin / unpin", tooltip="always draw the chosen nodes", layout=_AUTO)
-        self.group_name = w.Text("", description="group name", placeholder="month names", layout=wide)
-        about = "draw the chosen nodes, and groups they are in, as one"
-        self.join = w.Button(description="group", tooltip=about, layout=_AUTO)
-        about = "undo the groups that the chosen nodes are in"
-        self.split = w.Button(description="ungroup", tooltip=about, layout=_AUTO)
-        self.out = w.Button(description="take out / put back", tooltip="set the chosen features to zero", layout=_AUTO)
-        self.to = w.Text("", description="value", placeholder="an activation", layout=w.Layout(width="200px"))
-        self.set = w.Button(description="set to it", tooltip="set the chosen features to this value", layout=_AUTO)
-        about = "the circuit as a page, and as JSON for Neuronpedia"
-        self.save = w.Button(description="save", tooltip=about, layout=_AUTO)
-        self.frozen = w.ToggleButtons(options=list(FROZEN), description="measured:", style={"button_width": "auto"})
-        self.view, self.measured, self.files = w.HTML(), w.HTML(), w.HTML()
-        wrapped = w.Layout(flex_flow="row wrap", width="300px")
-        grouping = w.HBox([self.group_name, self.join, self.split, self.pin, self.save], layout=wrapped)
-        editing = w.HBox([self.out, self.to, self.set], layout=wrapped)
-        super().__init__(
-            "Circuit editor",
-            [*self.question.rows, (self.share, self.top, self.frozen)],
-            [
-                w.VBox([self.nodes, grouping, editing, self.files], layout=w.Layout(width="310px")),
-                w.VBox([self.view, self.measured], layout=w.Layout(flex="1 1 340px", min_width="0")),
-            ],
-            selected,
-        )
+        self.asked = w.Textarea(description="asked by the graph", continuous_update=False)
+        self.view, self.data, self.result = w.HTML(FRONT, layout=w.Layout(width="100%")), w.HTML(), w.HTML()
+        for name in ("asked", "data", "result"):
+            getattr(self, name).add_class(f"tcg-{name}")
+        views = [self.view, self.data, self.result, self.asked]
+        super().__init__("Circuit editor", self.question.rows, views, selected)
         self.watch(self._start, *self.question.fields)
-        self.watch(self._search, self.share)
-        self.watch(self._show, self.top, self.frozen)
-        self.watch(self._look, self.nodes)
-        for action in ("pin", "join", "split", "out", "set", "save"):
-            self.watch(getattr(self, f"_{action}"), getattr(self, action))
+        self.watch(self._answer, self.asked)
         self.start(self._start)
 
-    def _start(self) -> Work:
+    def _start(self, linked: dict[str, Any] | None = None) -> Work:
         yield 0.0
         traced = trace(self.model, self.transcoders, self.prompt.value)
-        if self.graph and torch.equal(traced.tokens, self.trace.tokens):  # another answer alone
-            return (yield from self._search(self.graph, self.question.target(self.trace)))
-        return (yield from self._search(prompt_graph(traced), self.question.target(traced)))
-
-    def _search(self, graph: PromptGraph | None = None, target: Target | None = None) -> Work:
-        graph, target = graph or self.graph, target or self.target
-        bounds = self.bounds if graph is self.graph else (yield from bounding(graph))
-        found, circuit = yield from searched(graph, target, self.share.value, bounds)
-        lost = self._let_go(circuit)
-        self.trace, self.graph, self.target = graph.trace, graph, target  # together, or not at all
-        self.bounds, self.found, self.circuit = bounds, found, circuit
-        self.question.show(self.trace)
-        return self._show() + lost
-
-    def _let_go(self, circuit: nx.DiGraph) -> str:
-        """Forget pins, groups and edits of nodes that are no longer there, or stand at another token now."""
-
-        def lost(nodes: Collection[str]) -> set[str]:
-            old, new = self.circuit.nodes, circuit.nodes
-            return {n for n in nodes if n not in new or old[n].get("token") != new[n].get("token")}
-
-        gone = lost(self.pinned.union(self.edited, *self.groups.values()))
-        self.pinned -= gone
-        self.edited = {n: value for n, value in self.edited.items() if n not in gone}
-        self.groups = {name: members - gone for name, members in self.groups.items() if len(members - gone) > 1}
-        self.nodes.value = tuple(n for n in self.nodes.value if n not in lost(self.nodes.value))
-        if not gone:
-            return ""
-        return (
-            " No longer pinned, grouped or edited, because this circuit does not have them or has another token "
-            f"there: {', '.join(sorted(gone))}."
-        )
-
-    def _look(self) -> str:
-        chosen = [self.circuit.nodes[n] for n in self.nodes.value]
-        features = [d for d in chosen if d["kind"] == "feature"]
-        if len(chosen) == len(features) == 1:
-            self.choose(features[0]["layer"], features[0]["feature"])
-        return f"{len(chosen)} nodes are chosen, {len(features)} of them features."
-
-    def _pin(self) -> str:
-        self.pinned ^= self._chosen()
-        return self._show()
-
-    def _join(self) -> str:
-        chosen, name = self._chosen(), self.group_name.value.strip()
-        whole = {n for n in self.groups if self.groups[n] & chosen or n == name}
-        members = chosen.union(*(self.groups[n] for n in whole))
-        same = len(whole) == 1 and members == self.groups[min(whole)]
-        if same and name in ("", *whole):
-            raise ValueError(
-                f"these nodes are already in group {min(whole)!r}: choose others too, or type another name"
-            )
-        if not name:
-            free = (f"group {number}" for number in itertools.count(1))
-            name = min(whole) if len(whole) == 1 else next(n for n in free if n not in self.groups.keys() - whole)
-        if name in self.circuit or name in UNLISTED:
-            raise ValueError(f"{name!r} is the name of a node: type another name for the group")
-        group(self.circuit, members, name)
-        self.groups = {n: of for n, of in self.groups.items() if n not in whole} | {name: members}
-        self.group_name.value = ""
-        return self._show()
-
-    def _split(self) -> str:
-        chosen = self._chosen()
-        kept = {name: members for name, members in self.groups.items() if not members & chosen}
-        if len(kept) == len(self.groups):
-            raise ValueError("none of the chosen nodes is in a group: choose one that is marked (in ...)")
-        self.groups = kept
-        return self._show()
-
-    def _out(self) -> str:
-        chosen = self._features()
-        back = chosen & self.edited.keys()
-        self.edited = {n: v for n, v in self.edited.items() if n not in back} | {n: 0.0 for n in chosen - back}
-        return self._show()
-
-    def _set(self) -> str:
-        try:
-            value = float(self.to.value)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise ValueError(f"{self.to.value!r} is no activation: type a number in the field 'value', for example 5")
-        self.edited |= dict.fromkeys(self._features(), value)
-        return self._show()
-
-    def _save(self) -> Work:
-        yield 0.0
-        circuit = self.drawn()
-        name = f"{self.target.name} after {self.prompt.value!r}"
-        page = page_html(circuit, name, len(circuit), self._struck())
-        yield 0.3
-        graph = prune_graph(build_graph(self.trace, [(self.target, 1.0)], MOST_FEATURES))
+        targets = self._targets(traced)
+        yield 0.1
+        graph = build_graph(traced, targets, MOST_FEATURES)
+        yield 0.6
+        held = influence(graph).sort(descending=True).values.cumsum(0)
+        shown = prune(graph, min(0.99, float(held[min(MOST_NODES, len(held)) - 1] / held[-1])))
+        name = self.model.cfg.model_name or "model"
+        file = graph_json(traced, shown, "circuit", name, names=self._name if self.names else None)
+        file["metadata"]["info"]["question"] = {"answer": self.token.value, "other": self.other.value}
         yield 0.8
-        groups = {n: self._places(members) for n, members in self.groups.items()}
-        model = self.model.cfg.model_name or "model"
-        with tempfile.TemporaryDirectory() as folder:
-            pinned = self._places(self.pinned)
-            path = save_graph_json(self.trace, graph, folder, "circuit", model, pinned=pinned, groups=groups)
-            data = path.read_text(encoding="utf-8")
-        self.files.value = download("circuit.html", "text/html", page)
-        self.files.value += download("circuit.json", "application/json", data)
-        return (
-            "Two files are ready below the list: this drawing as a page that needs no kernel, and the all-paths graph "
-            "of this answer, with pins and groups, as JSON that Neuronpedia and circuit-tracer's viewer open."
+        places = [node["node_id"].split("_") for node in file["nodes"] if node["activation"] is not None]
+        told = cards(traced, [(int(layer), int(feature)) for layer, feature, _ in places], self.names)
+        lost = self._carry_over(file) if linked is None else []
+        self._use(traced, graph, targets, file)
+        self.state = file["qParams"] = file["qParams"] | (linked or self.state)
+        self._sent += 1
+        question = {"prompt": self.prompt.value, **file["metadata"]["info"]["question"]}
+        self.data.value = script(
+            {"n": self._sent, "file": file, "cards": told, "modes": list(FROZEN), "question": question}
         )
-
-    def _places(self, nodes: Collection[str]) -> list[tuple[int, int, int]]:
-        data = [self.circuit.nodes[n] for n in sorted(nodes)]
-        return [(d["layer"], d["position"], d["feature"]) for d in data if d["kind"] == "feature"]
-
-    def _features(self) -> set[str]:
-        chosen = {n for n in self._chosen() if self.circuit.nodes[n]["kind"] == "feature"}
-        if not chosen:
-            raise ValueError("only features can be taken out or set: choose some (mlp...)")
-        return chosen
-
-    def _chosen(self) -> set[str]:
-        if not self.nodes.value:
-            raise ValueError("no node is chosen: choose some in the list first")
-        return set(self.nodes.value)
-
-    def _struck(self) -> set[str]:
-        """The edited nodes, and the groups that have one."""
-        return self.edited.keys() | {name for name, members in self.groups.items() if members & self.edited.keys()}
-
-    def drawn(self) -> nx.DiGraph:
-        """The circuit after pruning and grouping."""
-        kept = self.pinned.union(self.edited, *self.groups.values())
-        circuit = prune(self.circuit, self.top.value, kept)
-        for name, members in self.groups.items():
-            circuit = group(circuit, members, name)
-        return circuit
-
-    def _show(self) -> str:
-        circuit = self.drawn()
-        note = "<p>The circuit before the edit: what is struck through is edited, with the effect told below.</p>"
-        self.view.value = paper(note * bool(self.edited) + circuit_svg(circuit, len(circuit), self._struck()))
-        replace_options(self.nodes, self._listed())
-        self.files.value = ""  # of another circuit
-        self.measured.value = self._measured() if self.edited else ""
-        return (
-            f"{len(self.found.paths)} paths, none unlisted larger than {self.found.guarantee:.3g}; "
-            f"{account(circuit, self.target, self.found.value)}; balanced to {imbalance(circuit):.0e}."
+        said = (
+            f"{len(file['nodes'])} of {len(graph.nodes)} nodes and {len(file['links'])} links that explain "
+            f"{', '.join(target.name for target, _ in targets)}."
         )
+        if lost:
+            said += (
+                " No longer pinned, grouped or edited, because this graph does not have them or has another token "
+                f"there: {', '.join(lost)}."
+            )
+        return said + self._remeasured()
 
-    def _measured(self) -> str:
-        nodes, frozen = sorted(self.edited), self.frozen.value
-        places, values = self._places(nodes), [self.edited[n] for n in nodes]
-        rows = ablation(self.trace, self.target, places, frozen, values)
-        after = moved_tokens(self.trace, edited_trace(self.trace, places, values, frozen))
-        change = table(rows, f"change of {self.target.name} without features, or with others' values, {frozen}")
-        return change + table(after, f"likeliest next tokens after the edit, {frozen}")
+    def _targets(self, traced: Trace) -> list[tuple[Target, float]]:
+        return [(self.question.target(traced), 1.0)] if self.token.value else salient_logits(traced)
 
-    def _listed(self) -> list[tuple[str, str]]:
-        nodes = [n for n in self.circuit if not apart(self.circuit, n)]
-        nodes.sort(key=lambda n: -abs(self.circuit.nodes[n]["contribution"]))
-        return [(f"{n}  {self.circuit.nodes[n]['contribution']:+.3f}{self._marks(n)}", n) for n in nodes]
+    def _use(self, traced: Trace, graph: Graph, targets: list[tuple[Target, float]], file: dict[str, Any]) -> None:
+        """Take over all of it together, or nothing."""
+        self.trace, self.graph, self.targets, self.file = traced, graph, [target for target, _ in targets], file
+        shown = {node["node_id"] for node in file["nodes"]}
+        self.rows = {name: row for row, name in node_ids(traced, graph).items() if name in shown}
+        self._measured: Any = None
+        self.result.value = ""
+        self.question.show(traced)
 
-    def _marks(self, node: str) -> str:
-        marks = ["pinned"] if node in self.pinned else []
-        marks += [f"in {name}" for name, members in self.groups.items() if node in members]
-        if node in self.edited:
-            marks.append(f"set to {self.edited[node]:g}" if self.edited[node] else "out")
-        return "".join(f" ({mark})" for mark in marks)
+    def _carry_over(self, file: dict[str, Any]) -> list[str]:
+        """Let pins, supernodes and edits go of nodes that the next graph does not have, or has at another token."""
+        old, new = (f["metadata"]["prompt_tokens"] if f else [] for f in (self.file, file))
+        same = {p for p, pair in enumerate(zip(old, new, strict=False)) if pair[0] == pair[1]}
+        there = {node["node_id"] for node in file["nodes"] if node["ctx_idx"] in same}
+        pinned, groups = (self.state.get(key, []) for key in ("pinnedIds", "supernodes"))
+        kept = [[name, *(i for i in ids if i in there)] for name, *ids in groups]
+        self.state["pinnedIds"] = [i for i in pinned if i in there]
+        self.state["supernodes"] = [group for group in kept if len(group) > 1]
+        if edits := [[i, value] for i, value in self.state.pop("edits", []) if i in there]:
+            self.state["edits"] = edits
+        return sorted({*pinned, *(i for _, *ids in groups for i in ids)} - there)
+
+    def _answer(self) -> str | Work:
+        message = json.loads(self.asked.value)
+        if "open" in message:
+            return self._open(message["open"]["metadata"], message["open"]["features"], message["state"])
+        if "question" in message:
+            return self._restore(message["question"])
+        if message["of"] != self._sent:
+            return ""  # about a graph that is gone
+        before, self.state = self.state.get("clickedId"), message["state"]
+        chosen = self.state.get("clickedId")
+        if chosen != before and chosen in self.rows:
+            node = self.graph.nodes.iloc[self.rows[chosen]]
+            if node["kind"] == "feature":
+                self.choose(int(node["layer"]), int(node["feature"]))
+        if self._edits() != self._measured:
+            return self._measure()
+        counts = {"nodes pinned": "pinnedIds", "supernodes": "supernodes", "edits": "edits"}
+        return ", ".join(f"{len(self.state.get(key, []))} {what}" for what, key in counts.items()) + "."
+
+    def _edits(self) -> tuple[list[tuple[str, float]], str]:
+        edits = [(name, float(value)) for name, value in self.state.get("edits", [])]
+        return edits, self.state.get("frozen") or next(iter(FROZEN))
+
+    def _remeasured(self) -> str:
+        return f" {self._measure()}" if self.state.get("edits") else ""
+
+    def _measure(self) -> str:
+        self._measured = edits, frozen = self._edits()
+        if not edits:
+            self._tell()
+            return "Nothing is edited."
+        if unknown := [name for name, _ in edits if name not in self.rows]:
+            raise ValueError(f"{unknown[0]} is no active feature of this graph, so it cannot be edited")
+        nodes, new = self.graph.nodes, {self.rows[name]: value for name, value in edits}
+        places = nodes.loc[list(new), ["layer", "position", "feature"]].astype(int)
+        predicted = predict(self.trace, self.graph, new, frozen).tolist()
+        after = edited_trace(self.trace, list(places.itertuples(index=False)), list(new.values()), frozen)
+        ends = {len(nodes) - len(self.targets) + number: target for number, target in enumerate(self.targets)}
+        told, said = {}, []
+        for name, row in self.rows.items():
+            node = nodes.iloc[row]
+            if row in ends:
+                old, now = node["value"], ends[row].value(after)
+                said.append(f"{ends[row].name} from {old:.2f} to {now:.2f} (predicted {old + predicted[row]:.2f})")
+            elif node["kind"] == "feature":
+                old, now = node["activation"], after.features[node["layer"]][node["position"], node["feature"]].item()
+            else:
+                continue
+            told[name] = [old, old + predicted[row], new.get(row, now)]
+        self._tell(after=told, tokens=moved_tokens(self.trace, after).values.tolist())
+        return f"Measured, {frozen}: {'; '.join(said[:3])}."
+
+    def _tell(self, **result: Any) -> None:
+        self._told += 1
+        self.result.value = script({"n": self._told, "of": self._sent, **result})
+
+    def _restore(self, link: dict[str, str]) -> Work:
+        """The prompt and the state of a link; `graph_data.js` writes them."""
+        state = {key: json.loads(link.get(key) or "[]") for key in ("supernodes", "edits")}
+        state["pinnedIds"] = [name for name in link.get("pinnedIds", "").split(",") if name]
+        state |= {key: link[key] for key in ("clerps", "frozen") if link.get(key)}
+        if link.get("pruningThreshold"):
+            state["pruningThreshold"] = float(link["pruningThreshold"])
+        self._ask(link)
+        return (yield from self._start(state))
+
+    def _ask(self, question: Mapping[str, Any]) -> None:
+        for field, name in ((self.prompt, "prompt"), (self.token, "answer"), (self.other, "other")):
+            field.value = str(question.get(name, ""))
+
+    def _open(self, about: dict[str, Any], features: Sequence[Sequence[Any]], state: dict[str, Any]) -> Work:
+        """A file that was opened in the browser: edits can be measured if it is of this model.
+
+        Args:
+            about: its ``metadata``.
+            features: node id, layer, feature, position and activation of each.
+        """
+        yield 0.0
+        self.rows, self._measured = {}, None  # nothing of another graph is edited in its place
+        self._tell(fits=False, cards={})
+        traced = self._same_tokens(about)
+        wrong = "another model or tokenizer" if traced is None else _differs(traced, features)
+        if wrong:
+            return f"This file is of {wrong}: look at it, group and save it, but nothing can be measured."
+        self._ask(
+            {"prompt": self.model.tokenizer.decode(traced.tokens[1:]), **(about.get("info") or {}).get("question", {})}
+        )
+        targets = self._targets(traced)
+        yield 0.2
+        graph = build_graph(traced, targets, MOST_FEATURES)
+        yield 0.8
+        told = cards(traced, [(layer, feature) for _, layer, feature, *_ in features], self.names)
+        for feature, card in told.items() if self.names else ():
+            card["name"] = self._name(*map(int, feature.split("_")))
+        nodes = [{"node_id": name, "ctx_idx": int(name.split("_")[-1])} for name in node_ids(traced, graph).values()]
+        self._use(traced, graph, targets, {"metadata": about, "nodes": nodes})
+        self.state = state
+        self._tell(fits=True, cards=told)
+        return f"This file is of this model and these transcoders: its features can be edited.{self._remeasured()}"
+
+    def _same_tokens(self, about: dict[str, Any]) -> Trace | None:
+        """The prompt of a file, if this model has it as the same tokens; how BOS is written does not matter."""
+        bos = self.model.tokenizer.bos_token or ""
+        for text in (about.get("prompt", ""), "".join(about["prompt_tokens"][1:])):
+            try:
+                tokens = to_tokens(self.model, text.removeprefix(bos))
+            except ValueError:
+                continue
+            plain = [self.model.tokenizer.decode([i]) for i in tokens.tolist()]
+            if about["prompt_tokens"][1:] in (plain[1:], token_strings(self.model, tokens)[1:]):
+                return trace(self.model, self.transcoders, tokens)
+        return None
 
 
-_AUTO = w.Layout(width="auto")
+def _differs(traced: Trace, features: Sequence[Sequence[Any]]) -> str:
+    """What a file's features are of instead; empty if all of them are active here as they are there."""
+    for name, layer, feature, position, activation in features:
+        z = traced.features.get(layer)
+        if z is None or feature >= z.shape[1]:
+            return f"other transcoders ({name} is none of these)"
+        ours = z[position, feature].item()
+        if ours == 0 or (activation is not None and abs(ours - activation) > CLOSE * abs(ours)):
+            return f"other transcoders or another model (here {name} is active at {ours:.3g})"
+    return ""

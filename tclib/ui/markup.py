@@ -1,4 +1,4 @@
-"""Pieces of HTML that both themes of JupyterLab show and a screen reader can read: tables, bars, pictures, links."""
+"""Pieces of HTML that both themes of JupyterLab show and a screen reader can read: tables, bars, pictures."""
 
 from __future__ import annotations
 
@@ -64,17 +64,6 @@ def picture(figure: Figure, told: str, width: int) -> str:
     source = base64.b64encode(buffer.getvalue()).decode()
     alt = html.escape(told, quote=True)
     return f'<img alt="{alt}" style="width: {width}px; max-width: 100%" src="data:image/png;base64,{source}">'
-
-
-def download(name: str, kind: str, text: str) -> str:
-    """A link that saves a text as a file; no server has to hold it.
-
-    Args:
-        kind: the media type.
-    """
-    data = base64.b64encode(text.encode()).decode()
-    style = f"color: {TEXT}; text-decoration: underline; padding-right: 12px"
-    return f'<a download="{name}" style="{style}" href="data:{kind};base64,{data}">{name}</a>'
 
 
 def shown(token: str) -> str:
