@@ -16,6 +16,7 @@ nb_execution_mode = "off"  # what is shown is what was committed
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
+suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]  # a level that is left out; a widget's output
 html_theme = "furo"
 html_copy_source = False
 html_math_renderer = "mathml"  # which browsers know by themselves
