@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import tclib as tc
-from tclib.cli import bootstrap, commands, prepare, serve, teach
+from tclib.cli import bootstrap, commands, prepare, serve, site, teach, testing
 from tclib.cli import run as run_module
 from tclib.cli.peak import Peak
 from tclib.cli.run import declared_names, literal, run, select, typed
@@ -152,6 +152,23 @@ def test_no_network_is_one_sentence(tmp_path, capfd):
     with pytest.raises(bootstrap.SetupError, match="The package index cannot be reached"):
         bootstrap.pip(tmp_path, sys.executable, ["torch"])
     assert "NewConnectionError: no route" in capfd.readouterr().err
+
+
+def test_what_only_authors_need_is_installed_when_it_is_missing(monkeypatch, tmp_path, capsys):
+    setup = FakeSetup(monkeypatch, tmp_path / "clone")
+    bootstrap.need(tmp_path, "test", "pytest")
+    assert setup.pip_calls == []
+    bootstrap.need(tmp_path, "docs", "not_a_module")
+    assert setup.pip_calls == [["-c", "constraints.txt", "-e", ".[docs]"]]
+    monkeypatch.setenv("TCLIB_VENV", "off")
+    with pytest.raises(bootstrap.SetupError, match=r"not_a_module is not installed here: pip install .* '\.\[docs\]'"):
+        bootstrap.need(tmp_path, "docs", "not_a_module")
+    capsys.readouterr()
+    for module, command in ((testing, testing.lint), (site, lambda: site.docs([]))):
+        monkeypatch.setattr(module, "need", lambda *_: bootstrap.need(tmp_path, "docs", "not_a_module"))
+        assert command() == 1
+        said = capsys.readouterr()
+        assert said.err.startswith("not_a_module is not installed here") and said.err.count("\n") == 1
 
 
 def test_not_a_clone(tmp_path):

@@ -63,7 +63,9 @@ def test_the_site_has_every_notebook_and_needs_no_network():
         assert f"notebooks/{path.stem}.html" in contents
         assert (pages / "notebooks" / f"{path.stem}.html").is_file()
     for page in pages.rglob("*.html"):
-        loaded = re.findall(r'<(?:script|img|link|iframe)[^>]+(?:src|href)="(https?:[^"]*)', page.read_text("utf-8"))
+        loaded = re.findall(
+            r'<(?:script|img|link|iframe)[^>]+(?:src|href)="(https?:[^"]*)', page.read_text(encoding="utf-8")
+        )
         assert not loaded, page
 
 

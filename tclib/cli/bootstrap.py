@@ -184,9 +184,13 @@ def pip(repo, python, arguments):
 def need(repo, extra, module):
     """Install an extra that only authors use into the environment that is running, unless its module is there.
 
-    Raises SetupError: it cannot be installed.
+    Raises SetupError: it cannot be installed, or the environment is somebody else's.
     """
     if importlib.util.find_spec(module) is None:
+        if os.environ.get("TCLIB_VENV") == "off":
+            raise SetupError(
+                "{} is not installed here: pip install -c constraints.txt -e '.[{}]'".format(module, extra)
+            )
         print("Installing what `{}` needs, once".format(extra), flush=True)
         pip(repo, sys.executable, ["-c", "constraints.txt", "-e", ".[{}]".format(extra)])
         importlib.invalidate_caches()

@@ -71,13 +71,19 @@ def register(environment: Path, course: Path) -> None:
     """Make this environment's kernel known to nbgrader's. Raises Refused if the kernel would not find tclib."""
     # Like a kernel not in the repository, whose folder tclib would be imported from.
     imports = subprocess.run(
-        [sys.executable, "-c", "import ipykernel, tclib"], cwd=course, capture_output=True, text=True
+        [sys.executable, "-c", "import ipykernel, tclib"],
+        cwd=course,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if imports.returncode:
         reason = imports.stderr.strip().splitlines()[-1]
         raise Refused(f"The kernel of {sys.executable} cannot grade ({reason}): run `make venv`, which installs tclib.")
     install = [sys.executable, "-m", "ipykernel", "install", "--prefix", str(environment), "--name", KERNEL]
-    installed = subprocess.run([*install, "--display-name", "Transcoder Circuits"], capture_output=True, text=True)
+    installed = subprocess.run(
+        [*install, "--display-name", "Transcoder Circuits"], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if installed.returncode:
         reason = installed.stderr.strip().splitlines()[-1]
         raise Refused(f"The kernel cannot be registered in {environment} ({reason}): use an environment of your own.")

@@ -23,7 +23,7 @@ def docs(arguments: Sequence[str], repo: Path = REPO) -> int:
         return 1
     site = repo / "build" / "site"
     # -W makes an error of every warning, such as a link without a target; links to other machines are left alone.
-    options = ["-q", "-W", "--keep-going", "-c", str(REPO / "docs"), "-d", str(repo / "build" / "doctrees")]
+    options = ["-q", "-E", "-W", "--keep-going", "-c", str(REPO / "docs"), "-d", str(repo / "build" / "doctrees")]
     status = wait(subprocess.Popen([sys.executable, "-m", "sphinx", *options, str(repo), str(site)], cwd=repo))
     if status == 0:
         refresh = f'<!doctype html><meta http-equiv="refresh" content="0; url={FIRST}">\n'

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Int, Int32
+from jaxtyping import Float, Float16, Int32
 from torch import Tensor
 
 from tclib.training.fast.pairs import Pairs as Product
@@ -65,12 +65,12 @@ class ActiveFinder:
     def _plain(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         tokens, features, values = [np.empty(0, int)], [np.empty(0, int)], [np.empty(0)]
         for start in range(0, len(x), CHUNK):
-            z = self.transcoder.encode(x[start : start + CHUNK])
-            index = nonzero(z)
-            token, feature = np.divmod(index.cpu().numpy(), z.shape[1])
+            z = self.transcoder.encode(x[start : start + CHUNK]).float().cpu().numpy()
+            index = np.flatnonzero(z > 0)
+            token, feature = np.divmod(index, z.shape[1])
             tokens.append(token + start)
             features.append(feature)
-            values.append(z.flatten()[index].float().cpu().numpy())
+            values.append(z.ravel()[index])
         return np.concatenate(tokens), np.concatenate(features), np.concatenate(values)
 
 
@@ -83,14 +83,3 @@ class _FixedScreen(Screen):
         if self.loaded is None:
             self.loaded = super().load(weights, bias)
         return self.loaded
-
-
-def nonzero(z: Float[Tensor, "token feature"]) -> Int[Tensor, " pair"]:
-    """Flat indices of z > 0, ascending: on a CPU eight values are looked at in one step, since almost all are zero."""
-    fired = z > 0
-    if fired.device.type != "cpu" or fired.numel() % 8:
-        return fired.flatten().nonzero().squeeze(1)
-    words = fired.flatten().numpy().view(np.uint64)
-    some = np.flatnonzero(words)
-    word, byte = np.nonzero(words[some].view(np.uint8).reshape(-1, 8))
-    return torch.from_numpy(8 * some[word] + byte)

@@ -90,7 +90,8 @@ class Names:
 
     def column(self, table: pd.DataFrame) -> pd.Series:
         """The name of each row of a table of `tclib.attribute`; empty where the source is no feature."""
-        named = [self(r.layer, r.feature) if r.kind == "feature" else "" for r in table.itertuples()]
+        rows = table.to_dict("records")
+        named = [self(r["layer"], r["feature"]) if r["kind"] == "feature" else "" for r in rows]
         return pd.Series(named, table.index, name="name")
 
     def _read(self, ids: Sequence[int]) -> list[str]:
