@@ -73,7 +73,7 @@ def _connections(table: pd.DataFrame, title: str, names: Callable[[int, int], st
     best = strongest(table, by, 2 * BARS)
     if best.empty:
         return _nothing(ax, "no transcoder on that side")
-    named = [names(row.layer, row.feature) for row in best.itertuples()]
+    named = [names(*source) for source in zip(best["layer"], best["feature"], strict=True)]
     unit = "expected attribution where the reader fires" if weighted else "input-invariant connection"
     _bars(named, best[by].to_numpy(), title, unit, ax)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -98,7 +99,7 @@ def sentences(
     brings = " and ".join(f"{layer}.{head}" for layer, head in heads)
 
     def at(layer: int, k: int) -> str:
-        row = contest.loc[(layer, "written", k)]
+        row: Any = contest.xs((layer, "written", k))
         return (
             f"MLP {layer}, {k} units: {row['features']:.3f} against {row['neurons']:.3f}, difference "
             f"{row['features - neurons']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
