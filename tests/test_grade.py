@@ -28,7 +28,7 @@ def course(tmp_path):
 def hand_in(course: Path, student: str, change) -> None:
     """What a student got, with every answer replaced by what ``change`` makes of the solution, or left blank."""
     notebook = nbformat.read(course / "build/nbgrader/release" / NAME / f"{NAME}.ipynb", 4)
-    solved = nbformat.read(course / "notebooks" / f"{NAME}.ipynb", 4)
+    solved = students.solved(nbformat.read(course / "notebooks" / f"{NAME}.ipynb", 4))
     solutions = {c.metadata.nbgrader.grade_id: c.source for c in solved.cells if "nbgrader" in c.metadata}
     for cell in notebook.cells:
         if change and cell.metadata.get("nbgrader", {}).get("solution"):

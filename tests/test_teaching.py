@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import copy
+import inspect
 import json
 import re
 import shutil
@@ -21,7 +24,7 @@ from tclib import interventions, targets
 from tclib.blind import rules
 from tclib.cli import bootstrap, serve, teach
 from tclib.cli.prepare import has_smollm2, own_model
-from tclib.nb.teaching import checks, report, students
+from tclib.nb.teaching import checks, report, solutions, students, verdict
 from tclib.nb.teaching.verdict import NotYet, answered, judge
 from tclib.tasks import greater_than as gt
 from tests.conftest import COMMITTED, REPO
@@ -480,7 +483,7 @@ def test_each_mistake_gets_its_own_message(name):
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_nothing_returned_and_nothing_written(name):
+def test_nothing_returned_and_nothing_written(name, capsys):
     check, (right, _) = getattr(checks, name), ANSWERS[name]
 
     def begun(*arguments):
@@ -490,8 +493,11 @@ def test_nothing_returned_and_nothing_written(name):
         raise NotImplementedError
 
     assert "return" in refused(check, begun)
+    capsys.readouterr()
+    check(blank)
+    assert capsys.readouterr().out == f"{verdict.OPEN}\n"
     with pytest.raises(NotImplementedError):
-        check(blank)
+        getattr(checks.graded, name)(blank)
 
 
 def test_an_error_in_the_answer_keeps_its_traceback():
@@ -743,6 +749,11 @@ TAUGHT = [path for path in COMMITTED if students.exercises(nbformat.read(path, 4
 each_taught = pytest.mark.parametrize("path", TAUGHT, ids=lambda path: path.stem)
 
 
+STUB = re.compile(r" *# YOUR CODE HERE\n +raise NotImplementedError\(\)")
+# Where later cells use the answer, they go on with ours while the exercise is open.
+CHECK = re.compile(r"checks\.(\w+)\((my_\w+)(?:, .*)?\)(?:\n\2 = answered\(\2, .+\))?")
+
+
 def folded_solution(task: str) -> str:
     return re.search(r"<summary>Solution</summary>\n\n```python\n(.*?)```", task, re.DOTALL)[1]
 
@@ -753,42 +764,53 @@ def test_exercises_are_complete(path):
     found = students.exercises(notebook)
     number = path.stem.split("_")[0]
     assert [exercise.number for exercise in found] == [f"{number}.{i + 1}" for i in range(len(found))]
+    solved = students.solved(notebook)
     names = [cell.metadata.nbgrader.grade_id for cell in notebook.cells if "nbgrader" in cell.metadata]
     assert len(set(names)) == len(names) == 2 * len(found)
     for exercise in found:
         task, answer, check = (notebook.cells[exercise.task + i].source for i in range(3))
         assert "<summary>Hint</summary>" in task
-        marked = answer.split(students.BEGIN)[1].split(students.END)[0]
-        assert textwrap.dedent(marked.strip("\n").rstrip()).strip() == folded_solution(task).strip()
-        assert re.fullmatch(r"checks\.\w+\(my_\w+.*\)", check)
-    checked = {re.match(r"checks\.(\w+)", notebook.cells[e.task + 2].source)[1] for e in found}
+        assert STUB.search(answer) and students.BEGIN not in answer
+        filled = solved.cells[exercise.task + 1].source.split(students.BEGIN)[1].split(students.END)[0]
+        assert textwrap.dedent(filled.rstrip().strip("\n")) == folded_solution(task).strip()
+        assert CHECK.fullmatch(check)
+    checked = {CHECK.fullmatch(notebook.cells[e.task + 2].source)[1] for e in found}
     assert checked <= set(checks.__all__)
+
+
+def test_ours_are_the_folded_solutions():
+    ours = {node.name: node.body[1:] for node in ast.parse(inspect.getsource(solutions)).body if hasattr(node, "name")}
+    folded = {}
+    for path in TAUGHT:
+        cells = nbformat.read(path, 4).cells
+        for exercise in students.exercises(nbformat.read(path, 4)):
+            body = textwrap.indent(folded_solution(cells[exercise.task].source), "    ")
+            name = CHECK.fullmatch(cells[exercise.task + 2].source)[1]
+            folded[name] = ast.parse(f"def ours():\n{body}").body[0].body
+    for name, body in ours.items():  # what the answer cell gives may stand in front
+        wanted = list(map(ast.dump, folded[name]))
+        assert [ast.dump(statement) for statement in body][-len(wanted) :] == wanted, name
 
 
 def test_every_check_is_used_and_tested():
     used = set()
     for path in TAUGHT:
         notebook = nbformat.read(path, 4)
-        used |= {notebook.cells[e.task + 2].source.split("(")[0] for e in students.exercises(notebook)}
-    assert used == {f"checks.{name}" for name in checks.__all__}
+        used |= {CHECK.fullmatch(notebook.cells[e.task + 2].source)[1] for e in students.exercises(notebook)}
+    assert used == set(checks.__all__)
     here = (REPO / "tests" / "test_teaching.py").read_text(encoding="utf-8")
     for name in checks.__all__:
         assert name in ANSWERS or f"def test_{name}(" in here
 
 
 @each_taught
-def test_student_copy_differs_only_at_exercises(path):
+def test_student_copy_differs_only_in_outputs_of_exercises(path):
     notebook = students.without_address(nbformat.read(path, 4))
     made = students.student_copy(notebook)
-    answers = {e.task + 1 for e in students.exercises(notebook)}
-    for index, (cell, blank) in enumerate(zip(notebook.cells, made.cells, strict=True)):
-        if index in answers:
-            assert "raise NotImplementedError()" in blank.source
-            assert students.BEGIN not in blank.source and not blank.outputs
-        elif index - 1 in answers:
-            assert blank.source == cell.source and not blank.outputs
-        else:
-            assert blank == cell
+    parts = {e.task + i for e in students.exercises(notebook) for i in (1, 2)}
+    for index, (cell, copied) in enumerate(zip(notebook.cells, made.cells, strict=True)):
+        assert cell.source == copied.source
+        assert not copied.outputs if index in parts else cell == copied
     nbformat.validate(made)
 
 
@@ -813,7 +835,8 @@ def test_copies_are_written_where_there_are_exercises(tmp_path):
     assert sources[0] == tmp_path / "course/source" / TAUGHT[0].stem / TAUGHT[0].name
     text = sources[0].read_text(encoding="utf-8")
     assert "<summary>Hint</summary>" in text and "<summary>Solution</summary>" not in text
-    assert students.BEGIN in text and json.loads(text)["nbformat"] == 4
+    assert students.BEGIN in text and "YOUR CODE HERE" not in text and "checks.graded." in text
+    assert json.loads(text)["nbformat"] == 4
 
 
 def test_broken_exercises_are_refused():
@@ -821,10 +844,6 @@ def test_broken_exercises_are_refused():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(task)])
     with pytest.raises(ValueError, match="09.1 lacks"):
         students.exercises(notebook)
-    for source in (students.BEGIN, students.END, f"{students.BEGIN}\n{students.BEGIN}"):
-        cell = nbformat.v4.new_code_cell(source, metadata={"nbgrader": {"solution": True}})
-        with pytest.raises(ValueError, match="partner"):
-            students.student_copy(nbformat.v4.new_notebook(cells=[cell]))
 
 
 def errors(notebook) -> dict[int, str]:
@@ -843,28 +862,13 @@ def run(notebook, folder):
     return notebook
 
 
-def blank_then_filled(notebook):
-    """The student copy in which each exercise is followed by the folded solution and the check once more."""
-    made = students.student_copy(notebook)
-    cells, tasks = [], {e.task for e in students.exercises(notebook)}
-    for index, cell in enumerate(made.cells):
-        cells.append(cell)
-        if index - 2 in tasks:
-            solution = textwrap.indent(folded_solution(made.cells[index - 2].source), "    ")
-            stub = re.compile(r" *# YOUR CODE HERE\n +raise NotImplementedError\(\)")
-            filled = stub.sub(lambda _: solution.rstrip(), made.cells[index - 1].source)  # noqa: B023
-            cells += [nbformat.v4.new_code_cell(filled), nbformat.v4.new_code_cell(cell.source)]
-    made.cells = cells
+def with_wrong_answers(notebook):
+    """Each answer cell made to return nothing."""
+    made = copy.deepcopy(notebook)
+    for exercise in students.exercises(made):
+        answer = made.cells[exercise.task + 1]
+        answer.source = answer.source.replace("raise NotImplementedError()", "return None")
     return made
-
-
-def assert_only_blanks_fail(executed):
-    failed = errors(executed)
-    checks_of_blanks = [i for i, c in enumerate(executed.cells) if c.metadata.get("nbgrader", {}).get("grade")]
-    assert sorted(failed) == checks_of_blanks and set(failed.values()) == {"NotImplementedError"}
-    for index in checks_of_blanks:
-        (output,) = merge_streams(executed.cells[index + 2].outputs)  # a print may arrive in pieces
-        assert output.name == "stdout" and output.text.startswith("correct: ") and output.text.count("\n") == 1
 
 
 SHORT = [path for path in TAUGHT if path.stem.startswith("04b")]
@@ -872,10 +876,19 @@ LONG = [pytest.param(path, marks=pytest.mark.slow) for path in TAUGHT if path no
 
 
 @pytest.mark.parametrize("path", [*SHORT, *LONG], ids=lambda path: path.stem)
-def test_student_copy_fails_only_at_exercises_and_passes_when_filled_in(path, tmp_path):
+def test_every_check_accepts_the_solution_and_stops_at_nothing_returned(path, tmp_path):
     if own_model(path) and not has_smollm2():
         pytest.skip(f"it needs {own_model(path)}: run `python -m tclib smollm2`")
-    assert_only_blanks_fail(run(blank_then_filled(nbformat.read(path, 4)), tmp_path))
+    notebook = nbformat.read(path, 4)
+    graded = [e.task + 2 for e in students.exercises(notebook)]
+    executed = run(students.solved(notebook), tmp_path)
+    assert not errors(executed)
+    for index in graded:
+        (output,) = merge_streams(executed.cells[index].outputs)  # a print may arrive in pieces
+        assert output.name == "stdout" and output.text.startswith("correct: ") and output.text.count("\n") == 1
+    if path in SHORT:
+        failed = errors(run(with_wrong_answers(notebook), tmp_path))
+        assert {index: failed.get(index) for index in graded} == dict.fromkeys(graded, "NotYet")
 
 
 def references(page: str) -> list[str]:
@@ -1060,8 +1073,8 @@ def test_address_is_set_everywhere_moved_and_kept_out_of_copies(copies):
     notebook = nbformat.read(copies / "notebooks" / TAUGHT[0].name, 4)
     nbformat.validate(notebook)
     assert f"someone-else/moved/blob/main/notebooks/{TAUGHT[0].name}" in notebook.cells[2].source
-    for copy in (students.student_copy(notebook), students.grading_source(notebook)):
-        assert not names_an_address(nbformat.writes(copy))
+    for made in (students.student_copy(notebook), students.grading_source(notebook)):
+        assert not names_an_address(nbformat.writes(made))
     assert nbformat.writes(students.without_address(notebook)).strip() == before.strip()
     with pytest.raises(ValueError, match="not an address"):
         address.publish("https://somewhere", copies)

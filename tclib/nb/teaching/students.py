@@ -1,13 +1,14 @@
-"""Student copies: the teaching notebook without its solutions. Nothing else differs.
+"""Exercises in notebooks: what students get, and what nbgrader does.
 
-A solution stands between ``### BEGIN SOLUTION`` and ``### END SOLUTION``, in a cell that nbgrader's metadata calls a
-solution; nbgrader itself blanks the same lines in the same way.
+A committed notebook shows the task: its answer cells hold a stub, and the solution is folded below the task. nbgrader's
+sources hold the solution in the answer cell, between ``### BEGIN SOLUTION`` and ``### END SOLUTION``.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from nbformat import NotebookNode
 from tclib.io.paths import with_diagrams, write_whole
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
-STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
+_STUB = re.compile(r"^( *)# YOUR CODE HERE\n *raise NotImplementedError\(\)", re.MULTILINE)
 _TASK = re.compile(
     r"\*\*Exercise (?P<number>\w+\.\d+): (?P<title>.+?)\*\* \(difficulty (?P<difficulty>[1-5]) of 5, "
     r"importance (?P<importance>[1-5]) of 5, (?P<minutes>\d+) minutes\)"
@@ -30,7 +31,7 @@ import importlib.util
 
 if importlib.util.find_spec("tclib") is None:
     raise ModuleNotFoundError("this kernel has no tclib: start JupyterLab by `make lab`, or choose another kernel")"""
-_FOLD = re.compile(r"\n*<details><summary>Solution</summary>.*?</details>", re.DOTALL)
+_FOLD = re.compile(r"\n*<details><summary>Solution</summary>\n\n```python\n(?P<code>.*?)```.*?</details>", re.DOTALL)
 
 
 def without_address(notebook: NotebookNode) -> NotebookNode:
@@ -77,24 +78,33 @@ def exercises(notebook: NotebookNode) -> list[Exercise]:
 
 
 def student_copy(notebook: NotebookNode) -> NotebookNode:
-    """The notebook with blanked solutions, without the outputs of exercise cells, and without an address."""
+    """The notebook without the outputs of its exercise cells, and without an address."""
     made = without_address(notebook)
     for cell in made.cells:
-        role = _grading(cell)
-        if role.get("solution"):
-            cell.source = "\n".join(_blanked(cell.source.splitlines()))
-        if role.get("solution") or role.get("grade"):
+        if _grading(cell):
             cell.outputs, cell.execution_count = [], None
     return made
 
 
+def solved(notebook: NotebookNode) -> NotebookNode:
+    """The notebook with its folded solutions written into the answer cells, between nbgrader's markers."""
+    made = copy.deepcopy(notebook)
+    for exercise in exercises(made):
+        task, answer = made.cells[exercise.task], made.cells[exercise.task + 1]
+        solution = _FOLD.search(task.source)["code"].rstrip()
+        answer.source = _STUB.sub(lambda stub: _marked(solution, stub[1]), answer.source)  # noqa: B023
+    return made
+
+
 def grading_source(notebook: NotebookNode) -> NotebookNode:
-    """The notebook as nbgrader wants its source: solutions between markers, no folded ones for students to open, and no
-    address."""
-    made = without_address(notebook)
+    """The notebook as nbgrader wants its source: solutions between markers, no folded ones for students to open, checks
+    that fail while an exercise is open, and no address."""
+    made = without_address(solved(notebook))
     for cell in made.cells:
         if cell.cell_type == "markdown" and _TASK.match(cell.source):
             cell.source = _FOLD.sub("", cell.source)
+        if _grading(cell).get("grade"):
+            cell.source = cell.source.replace("checks.", "checks.graded.")
     return made
 
 
@@ -130,23 +140,5 @@ def _grading(cell: NotebookNode) -> dict:
     return cell.get("metadata", {}).get("nbgrader", {})
 
 
-def _blanked(lines: list[str]) -> Iterator[str]:
-    """The lines of a cell with each solution replaced by the stub, at the solution's indentation.
-
-    Raises:
-        ValueError: a marker without its partner.
-    """
-    inside = False
-    for line in lines:
-        marker = line.strip()
-        if marker in (BEGIN, END):
-            if (marker == END) != inside:
-                raise ValueError(f"{marker!r} has no partner")
-            inside = not inside
-            if inside:
-                indent = line[: len(line) - len(line.lstrip())]
-                yield from (indent + stub for stub in STUB)
-        elif not inside:
-            yield line
-    if inside:
-        raise ValueError(f"{BEGIN!r} has no partner")
+def _marked(solution: str, indent: str) -> str:
+    return textwrap.indent(f"{BEGIN}\n{solution}\n{END}", indent)

@@ -1,4 +1,7 @@
-"""What a check says: one line if the answer is right; else what was tried, expected, came back, and the usual cause."""
+"""What a check says: one line if the answer is right; else what was tried, expected, came back, and the usual cause.
+
+While the exercise is open, it says that, and the notebook goes on; `answered` gives later cells ours until then.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,26 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
+
+OPEN = "open: write your answer in the cell above and run it, then this one"
+
+
+def exercise(check: Callable[..., None], graded: bool = False) -> Callable[..., None]:
+    """A check as notebooks call it: while the answer is a stub, it prints that the exercise is open.
+
+    ``graded`` checks raise the stub's `NotImplementedError` instead, because what does not fail earns points.
+    """
+
+    @wraps(check)
+    def checked(answer: Any, *context: Any) -> None:
+        try:
+            check(answer, *context)
+        except NotImplementedError:
+            if graded:
+                raise
+            print(OPEN)
+
+    return checked
 
 
 class NotYet(AssertionError):
@@ -54,11 +77,11 @@ def answered(mine: Callable, ours: Callable) -> Callable:
     """A reader's function where it is written, and ours until then: what a notebook computes with, so that it runs."""
 
     @wraps(mine)
-    def either(*arguments: Any) -> Any:
+    def either(*arguments: Any, **named: Any) -> Any:
         try:
-            return mine(*arguments)
+            return mine(*arguments, **named)
         except NotImplementedError:
-            return ours(*arguments)
+            return ours(*arguments, **named)
 
     return either
 

@@ -1,7 +1,10 @@
 """One check per exercise. Each takes the student's function or value and finds the right one by another route.
 
-The functions below are all that notebooks use; a module has those of one notebook.
+The functions below are all that notebooks use; a module has those of one notebook. `graded` has the same ones for
+nbgrader, which fail while an exercise is open.
 """
+
+from types import SimpleNamespace
 
 from tclib.nb.teaching.checks.check_after import error_share
 from tclib.nb.teaching.checks.check_blind import blind_rule, keys_too, moved_rule
@@ -29,6 +32,7 @@ from tclib.nb.teaching.checks.check_greater_than import (
 from tclib.nb.teaching.checks.check_routes import integrated, visible_part
 from tclib.nb.teaching.checks.check_search import attention_moves, path_search, removal
 from tclib.nb.teaching.checks.check_training import best_activation, dodge, transcoder
+from tclib.nb.teaching.verdict import exercise
 
 __all__ = [
     "ablation_value",
@@ -68,3 +72,6 @@ __all__ = [
     "visible_part",
     "warmer",
 ]
+
+graded = SimpleNamespace(**{name: exercise(globals()[name], graded=True) for name in __all__})
+globals().update({name: exercise(globals()[name]) for name in __all__})
