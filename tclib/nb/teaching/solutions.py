@@ -101,7 +101,7 @@ def visible_part(v, W):
 
 def orthogonal_pursuit(y, D, k):
     """Exercise 11.1: look back after each pick."""
-    picks, left, sizes = [], y, None
+    picks, left, sizes = [], y, y[:0]
     for _ in range(k):
         picks.append(int((D @ left).abs().argmax()))
         sizes = torch.linalg.lstsq(D[picks].T, y).solution

@@ -87,11 +87,18 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
 
 
 def solved(notebook: NotebookNode) -> NotebookNode:
-    """The notebook with its folded solutions written into the answer cells, between nbgrader's markers."""
+    """The notebook with its folded solutions written into the answer cells, between nbgrader's markers.
+
+    Raises:
+        ValueError: a task has no folded solution.
+    """
     made = copy.deepcopy(notebook)
     for exercise in exercises(made):
         task, answer = made.cells[exercise.task], made.cells[exercise.task + 1]
-        solution = _FOLD.search(task.source)["code"].rstrip()
+        folded = _FOLD.search(task.source)
+        if folded is None:
+            raise ValueError(f"exercise {exercise.number} has no solution folded below its task")
+        solution = folded["code"].rstrip()
         answer.source = _STUB.sub(lambda stub: _marked(solution, stub[1]), answer.source)  # noqa: B023
     return made
 
