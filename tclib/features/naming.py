@@ -73,7 +73,7 @@ class Names:
 
     def promotes(self, layer: int, feature: int) -> str:
         """The tokens whose logits the feature raises most by its direct path, such as ``39–52``."""
-        effect = (self.transcoders[layer].W_dec[feature].float() @ self.model.W_U.float()).detach()
+        effect = (self.transcoders[layer].written()[feature].float() @ self.model.W_U.float()).detach()
         top = effect.topk(PROMOTED)
         strings, weights = self._read(top.indices.tolist()), top.values.clamp(min=0).numpy() + 1e-9
         return _numbers(strings, weights) or ", ".join(s.strip() or repr(s) for s in strings[:3])
