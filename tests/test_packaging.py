@@ -72,6 +72,8 @@ def test_imports_are_declared():
     distributions = packages_distributions()
     for folder in ("tclib", "tools", "tests"):
         for path in (REPO / folder).rglob("*.py"):
+            if path.name == "peer_graph.py":  # it runs in circuit-tracer's environment
+                continue
             for module in imported(path.read_text(encoding="utf-8")):
                 if module in sys.stdlib_module_names or (REPO / module).exists():
                     continue
