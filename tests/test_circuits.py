@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import tclib as tc
 from tclib import targets
 from tclib.attribution import UnbalancedError
-from tclib.circuits import difference, drawing, graph_files, layout
+from tclib.circuits import drawing, graph_files, layout
 from tclib.circuits.one_step import Node, prompt_graph
 from tclib.circuits.path_bounds import suffix_bounds
 from tclib.circuits.path_graph import check_flows, merge
@@ -349,20 +349,3 @@ def test_files_keep_everything(circuit, tmp_path, ending):
 def test_other_file_endings_are_refused(circuit, tmp_path):
     with pytest.raises(ValueError, match="neither .graphml nor .json"):
         graph_files.save_graph(circuit, tmp_path / "circuit.pkl")
-
-
-def test_a_diff_accounts_for_the_change_of_the_target(models):
-    circuits, values = [], []
-    for seed in (4, 5):
-        trace = make_trace(models, 3, 0, seed)
-        graph, target = prompt_graph(trace), any_target(trace, 0)
-        circuits.append(merge(graph, target, best_first(graph, target, 0.05 * abs(target.value(trace))).paths))
-        values.append(target.value(trace))
-    table = difference.diff(*circuits)
-    assert abs(table[table["reader"] == "target"]["change"].sum() - (values[1] - values[0])) < 1e-8
-    assert len(table) == len({e[:2] for e in zip(table["source"], table["reader"], strict=True)})
-    assert (table["before"][table["only_in"] == "after"] == 0).all()
-    assert not difference.diff(circuits[0], circuits[0])["change"].any()
-    ax = difference.diff_figure(table, "a title", ("one", "other"), top=5)
-    assert len(ax.get_yticklabels()) == 5
-    plt.close(ax.figure)

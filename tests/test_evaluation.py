@@ -363,20 +363,6 @@ def test_match_finds_a_permutation():
         matching.match(a, make_transcoder(0, d_model=8))
 
 
-def test_geometry_counts_twins_and_dimensions():
-    t = make_transcoder(0, d_features=40)
-    t.W_dec.zero_()
-    t.W_dec[:20, :20] = torch.eye(20)
-    t.W_dec[20:, :20] = 3 * torch.eye(20)
-    firing = torch.ones(40)
-    row = matching.geometry({0: t}, {0: firing}).iloc[0]
-    assert row["twins"] == 1 and row["neighbour"] == pytest.approx(1)
-    firing[20:] = 0
-    row = matching.geometry({0: t}, {0: firing}).iloc[0]
-    assert row["live"] == 20 and row["twins"] == 0 and row["norm"] == 1
-    assert row["dimensions"] == pytest.approx(19)  # 20 orthogonal rows around their mean
-
-
 # ---- what the script of the fronts wrote
 
 

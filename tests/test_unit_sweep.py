@@ -119,16 +119,6 @@ def test_kept_neurons_are_those_of_the_hooks(model, prompts, layer, rest):
     assert_close(answers[-1], gt.run(model, prompts), atol=1e-6, rtol=0)
 
 
-def test_one_feature_taken_out(model, prompts):
-    transcoder = make_transcoder(1)
-    found = unit_sweep.without_each(model, prompts, 1, [3, 9], transcoder, "zero")
-    for unit, value in found.items():
-        others = [i for i in range(64) if i != unit]
-        slow = mean_difference(gt.run(model, prompts, keep_features(1, transcoder, others)), prompts)
-        assert value == pytest.approx(slow, abs=1e-6)
-    assert found.is_monotonic_decreasing
-
-
 def test_orders(model, prompts):
     transcoder = make_transcoder(2)
     units = unit_sweep.units_at_last_token(model, prompts, 2, transcoder)
@@ -255,12 +245,3 @@ def test_a_straight_line_is_no_step():
     found = step_fit.fit_steps(torch.arange(100.0)[None]).iloc[0]
     assert found["location"] in (49, 50)
     assert found[["r2", "sharpness"]].tolist() == pytest.approx([0.75, 0.1], abs=0.01)
-
-
-def test_coverage():
-    years = torch.tensor([2, 30, 60, 98])
-    units = torch.tensor([[0.0, 1, 0], [0, 2, 0], [0.5, 0, 0], [0.1, 0, 0]])
-    found = step_fit.coverage(units, years)
-    assert found["fires"].tolist() == [0.5, 0.5, 0]
-    assert found.iloc[0, 1:].tolist() == [60, 98] and found.iloc[1, 1:].tolist() == [2, 30]
-    assert found.iloc[2, 1:].isna().all()

@@ -1,8 +1,6 @@
-"""Which feature is which: decoder geometry, and features of two trainings matched by decoder cosine."""
+"""Which feature is which: features of two training runs matched by decoder cosine."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import pandas as pd
 import torch
@@ -10,8 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tclib.transcoder import Transcoder
-
-TWIN = 0.9  # two decoder rows closer than this point the same way
 
 
 @torch.no_grad()
@@ -22,41 +18,6 @@ def nearest(
     b = torch.nn.functional.normalize(b, dim=1)
     found = [(torch.nn.functional.normalize(part, dim=1) @ b.T).max(dim=1) for part in a.split(chunk)]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
-
-
-@torch.no_grad()
-def geometry(transcoders: Mapping[int, Transcoder], firing: Mapping[int, Tensor]) -> pd.DataFrame:
-    """Decoder geometry of the features that fire, one row per layer.
-
-    Returns:
-        ``layer``, ``live`` (features that fired), ``norm`` (median length of a decoder row), ``neighbour`` (median
-        cosine with the nearest other row), ``neighbour_random`` (the same for random directions, the control),
-        ``twins`` (fraction with a neighbour above 0.9), ``dimensions`` (participation ratio of the rows' covariance:
-        how many directions they spread over), ``encoder`` (median cosine of encoder column and decoder row, where
-        both have one width).
-    """
-    records = []
-    for layer, transcoder in transcoders.items():
-        live = firing[layer] > 0
-        rows = transcoder.W_dec[live].flatten(1)
-        cosine = _neighbours(rows)
-        spectrum = torch.linalg.svdvals(rows - rows.mean(0)).pow(2)
-        record = {
-            "layer": layer,
-            "live": int(live.sum()),
-            "norm": rows.norm(dim=1).median().item(),
-            "neighbour": cosine.median().item(),
-            "neighbour_random": _neighbours(torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)))
-            .median()
-            .item(),
-            "twins": (cosine > TWIN).double().mean().item(),
-            "dimensions": (spectrum.sum() ** 2 / spectrum.pow(2).sum()).item(),
-        }
-        if transcoder.config.d_in == transcoder.config.d_out:
-            columns = transcoder.W_enc[:, live].T
-            record["encoder"] = torch.cosine_similarity(columns, transcoder.rows()[live], dim=1).median().item()
-        records.append(record)
-    return pd.DataFrame(records)
 
 
 def match(a: Transcoder, b: Transcoder, live_a: Tensor | None = None, live_b: Tensor | None = None) -> pd.DataFrame:
@@ -85,14 +46,3 @@ def match(a: Transcoder, b: Transcoder, live_a: Tensor | None = None, live_b: Te
 def _ids(transcoder: Transcoder, live: Tensor | None) -> Int[Tensor, " live"]:
     every = torch.arange(transcoder.config.d_features, device=transcoder.W_dec.device)
     return every if live is None else every[live.to(every.device)]
-
-
-def _neighbours(rows: Float[Tensor, "row d"], chunk: int = 1024) -> Float[Tensor, " row"]:
-    """Largest cosine of each row with another one."""
-    unit = torch.nn.functional.normalize(rows, dim=1)
-    found = []
-    for start in range(0, len(unit), chunk):
-        cosine = unit[start : start + chunk] @ unit.T
-        cosine.diagonal(start).fill_(-1)
-        found.append(cosine.max(dim=1).values)
-    return torch.cat(found)

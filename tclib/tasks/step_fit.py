@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -34,14 +34,3 @@ def fit_steps(effects: Float[Tensor, "unit 100"]) -> pd.DataFrame:
     )
     columns = {"location": place, "height": height, "r2": explained[rows, place] / variance, "sharpness": near / height}
     return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
-
-
-def coverage(units: Float[Tensor, "prompt unit"], years: Int[Tensor, " prompt"]) -> pd.DataFrame:
-    """For which YY units fire: ``fires`` (share of the prompts), ``first`` and ``last`` YY (empty if none)."""
-    live = (units > 0).cpu()
-    records = []
-    for column in live.T:
-        when = years[column]
-        first, last = (int(when.min()), int(when.max())) if len(when) else (pd.NA, pd.NA)
-        records.append({"fires": column.double().mean().item(), "first": first, "last": last})
-    return pd.DataFrame(records).astype({"first": "Int64", "last": "Int64"})

@@ -18,7 +18,6 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.evaluation.stats import bootstrap
 from tclib.inputs import check_layers
-from tclib.inputs import whole as whole_number
 from tclib.tasks import greater_than as gt
 from tclib.tasks.shared_prefix import SharedPrefix
 from tclib.transcoder import Transcoder
@@ -177,39 +176,6 @@ def crossing(features: pd.DataFrame, neurons: pd.DataFrame, draws: int = 2000, s
         "high": high,
         "never": float(np.isnan(sampled).mean()),
     }
-
-
-@torch.no_grad()
-def without_each(
-    model: TransformerBridge,
-    prompts: gt.Prompts,
-    layer: int,
-    units: Sequence[int],
-    transcoder: Transcoder | None = None,
-    rest: Rest = "mean",
-) -> pd.Series:
-    """Probability difference with all units of an MLP live but one, for each of ``units`` in turn; most helped first.
-
-    A value above the all-unit limit means that the unit hurts. ``rest`` as in `keep_units`, for the one taken out.
-    """
-    check_layers(model, [layer])
-    gt.check_prompts(model, prompts)
-    ids = gt.year_tokens(model.tokenizer).to(model.cfg.device)
-    W_U, b_U = model.W_U[:, ids], model.b_U[ids]
-    answers = []
-    for tokens, _ in alike(prompts):
-        kept = _Kept(model, tokens, layer, transcoder, rest)
-        units = [whole_number("unit", unit, kept.units.shape[1], f"layer {layer}") for unit in units]
-        whole = kept.resid + kept.units @ kept.writes
-        of_batch = []
-        for unit in units:
-            kept.resid = whole - kept.units[:, unit, None] * kept.writes[unit]
-            of_batch.append((kept.finish() @ W_U + b_U).softmax(-1).cpu())
-        answers.append(torch.stack(of_batch))
-    scores = [gt.probability_difference(a, prompts.years).mean().item() for a in torch.cat(answers, dim=1)]
-    return pd.Series(scores, pd.Index(units, name="without"), name="probability_difference").sort_values(
-        ascending=False
-    )
 
 
 def _cube(table: pd.DataFrame) -> dict[int, Float[np.ndarray, "noun century"]]:
