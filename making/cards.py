@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from making.measure import APART, judge, smallest_drop, verdicts
+from making.transcoders import COMPARED_K, COMPARED_STEPS
 from tclib.chronicle import HELD_OUT_CENTURY, NOUNS
 from tclib.chronicle.words import DURATIONS
 from tclib.io.paths import data_path
@@ -60,12 +61,19 @@ def data_page(data: Path) -> str:
             f"| `{name}` | {path.stat().st_size} | `{sha256(path)}` | {ORIGIN[name.split('/')[0]]} | {LICENCE} |"
         )
     total = sum(path.stat().st_size for path in files(data)) / 1e6
+    widths = pd.DataFrame(json.loads((data / "transcoders" / "comparison.json").read_text(encoding="utf-8")))
+    compared = widths.pivot_table(index="name", columns=["text", "layer"], values="fvu", sort=False).round(3)
+    compared.columns = [f"{text}, {layer}" for text, layer in compared.columns]
     return (
         "# Data\n\n"
         f"Everything here was made by this project's own code ({total:.1f} MB in all); no file was downloaded, and "
         "none holds text of another author. `model/README.md` is the card of the language model; "
         "`model/metrics.json` and `transcoders/report.json` hold what was measured.\n\n" + "\n".join(rows) + "\n\n"
-        "The text of the training corpus is not part of the project. A wheel carries this folder as `tclib/data`.\n"
+        "The text of the training corpus is not part of the project. A wheel carries this folder as `tclib/data`.\n\n"
+        "## Widths and the skip path\n\n"
+        f"By `python -m making.transcoders --compare`: {COMPARED_STEPS} steps on {widths['tokens'].iloc[0]:,} tokens, "
+        f"the {COMPARED_K} largest features of each token kept (TopK), so that all have one L0. FVU on chronicle and "
+        "on held-out real prose, by layer:\n\n" + table(compared, "transcoder") + "\n"
     )
 
 

@@ -35,7 +35,7 @@ COMPARED = {
     "2,048 features and a skip path": {"d_features": 2048, "skip": True},
 }
 COMPARED_K = 12
-COMPARED_STEPS = (200, 1000)
+COMPARED_STEPS = 200
 
 
 def main() -> None:
@@ -99,23 +99,23 @@ def make(options: argparse.Namespace, device: str) -> None:
 
 
 def compare(options: argparse.Namespace, device: str) -> None:
-    """Write FVU of several widths, plain and skip, at the same k of TopK, after a short and a longer training run."""
+    """Write FVU of several widths, plain and skip, at the same k of TopK, after a short training run."""
     model = tc.load_model(options.model, device=device)
     layers = list(range(model.cfg.n_layers))
-    texts = evaluation_texts(model, options.work)
+    base = tc.TrainConfig(
+        d_features=512, steps=COMPARED_STEPS, batch_rows=options.rows, lr=options.lr, activation="topk", k=COMPARED_K,
+        buffer=4, dead_after=50_000, bfloat16=True, seed=options.seed,
+    )  # fmt: skip
+    rows = mixed_rows(
+        options.work, COMPARED_STEPS * base.batch_rows, model.cfg.n_ctx, model.cfg.bos_token_id, options.seed
+    )
+    configs = {name: base.model_copy(update=change) for name, change in COMPARED.items()}
+    trained, _ = training.train_side_by_side(model, rows, layers, configs, progress=True)
     table = []
-    for steps in COMPARED_STEPS:
-        base = tc.TrainConfig(
-            d_features=512, steps=steps, batch_rows=options.rows, lr=options.lr, activation="topk", k=COMPARED_K,
-            buffer=4, dead_after=50_000, bfloat16=True, seed=options.seed,
-        )  # fmt: skip
-        rows = mixed_rows(options.work, steps * base.batch_rows, model.cfg.n_ctx, model.cfg.bos_token_id, options.seed)
-        configs = {name: base.model_copy(update=change) for name, change in COMPARED.items()}
-        trained, _ = training.train_side_by_side(model, rows, layers, configs, progress=True)
-        for name, transcoders in trained.items():
-            for source, tokens in texts.items():
-                measured = evaluation.reconstruction(model, transcoders, tokens)[["layer", "l0", "fvu", "dead"]]
-                table += measured.assign(name=name, text=source, tokens=rows.numel()).to_dict("records")
+    for name, transcoders in trained.items():
+        for source, tokens in evaluation_texts(model, options.work).items():
+            measured = evaluation.reconstruction(model, transcoders, tokens)[["layer", "l0", "fvu", "dead"]]
+            table += measured.assign(name=name, text=source, tokens=rows.numel()).to_dict("records")
     (options.out / "comparison.json").write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
 
 
