@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import matplotlib
+import nbformat
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tclib import interventions
 from tclib.evaluation import yardsticks
+from tclib.nb.teaching import students
 from tests.conftest import REPO
 
 NOTEBOOK = REPO / "notebooks" / "10_other_routes_to_the_circuit.ipynb"
@@ -25,8 +26,8 @@ def nb():
     """What the notebook defines, on few prompts: its cells up to the table of all routes, without training codes."""
     matplotlib.use("Agg")
     names = {"__name__": "notebook"}
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
+    for cell in students.solved(nbformat.read(NOTEBOOK, 4)).cells:
+        source = cell["source"]
         if "results = pd.DataFrame(board)" in source:
             break
         skipped = "codes" in source or source.startswith("checks.")
