@@ -126,7 +126,7 @@ def test_table_says_what_a_notebook_lacks(tmp_path):
     with pytest.raises(ValueError, match="07_new.ipynb lacks needs, minutes"):
         readme_table.table([path])
     with pytest.raises(ValueError, match="markers"):
-        readme_table.updated("no markers", "")
+        paths.between_marks("no markers", "notebooks", "")
 
 
 @pytest.mark.parametrize(

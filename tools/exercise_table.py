@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from tclib.io.paths import between_marks
 from tclib.nb.teaching.students import exercises
 
 REPO = Path(__file__).resolve().parents[1]
@@ -47,8 +48,7 @@ def fresh(repo: Path = REPO) -> str:
     """TEACHING.md as it should be."""
     text = (repo / "TEACHING.md").read_text(encoding="utf-8")
     for name, table in {"exercises": exercise_table(repo), "measured": cost_table(repo)}.items():
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        text = f"{text.split(start)[0]}{start}\n{table}\n{end}{text.split(end)[1]}"
+        text = between_marks(text, name, table)
     return text
 
 

@@ -11,8 +11,9 @@ import sys
 import tomllib
 from pathlib import Path
 
+from tclib.io.paths import between_marks
+
 REPO = Path(__file__).resolve().parents[1]
-START, END = "<!-- map:start -->", "<!-- map:end -->"
 
 
 def rooms(repo: Path = REPO) -> list[str]:
@@ -47,16 +48,8 @@ def library_map(repo: Path = REPO) -> str:
 
 
 def fresh_page(repo: Path = REPO) -> str:
-    """docs/api.md as it should be.
-
-    Raises:
-        ValueError: the page lacks the marks between which the map stands.
-    """
-    page = (repo / "docs" / "api.md").read_text(encoding="utf-8")
-    if START not in page or END not in page:
-        raise ValueError(f"docs/api.md lacks the markers {START} and {END}.")
-    before, rest = page.split(START, 1)
-    return f"{before}{START}\n{library_map(repo)}\n{END}{rest.split(END, 1)[1]}"
+    """docs/api.md as it should be."""
+    return between_marks((repo / "docs" / "api.md").read_text(encoding="utf-8"), "map", library_map(repo))
 
 
 if __name__ == "__main__":

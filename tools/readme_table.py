@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from tclib.io.paths import between_marks
 from tclib.nb import find_headline
 
 REPO = Path(__file__).resolve().parents[1]
-START, END = "<!-- notebooks:start -->", "<!-- notebooks:end -->"
 
 
 def table(notebooks: Iterable[Path]) -> str:
@@ -42,23 +42,10 @@ def table(notebooks: Iterable[Path]) -> str:
     return "\n".join(lines)
 
 
-def updated(readme: str, new: str) -> str:
-    """The README with the text between the markers replaced.
-
-    Raises:
-        ValueError: the markers are not there.
-    """
-    if START not in readme or END not in readme:
-        raise ValueError(f"README.md lacks the markers {START} and {END}.")
-    before, rest = readme.split(START, 1)
-    after = rest.split(END, 1)[1]
-    return f"{before}{START}\n{new}\n{END}{after}"
-
-
 def fresh_readme(repo: Path = REPO) -> str:
     """README.md as it should be."""
     notebooks = sorted((repo / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
-    return updated((repo / "README.md").read_text(encoding="utf-8"), table(notebooks))
+    return between_marks((repo / "README.md").read_text(encoding="utf-8"), "notebooks", table(notebooks))
 
 
 def fresh_figure(repo: Path = REPO) -> bytes:

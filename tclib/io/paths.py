@@ -33,6 +33,20 @@ def with_diagrams(notebook: str, notebooks: Path, folder: Path) -> str:
     return notebook.replace("](../docs/", f"]({docs}/")
 
 
+def between_marks(page: str, name: str, new: str) -> str:
+    """A page with the text between ``<!-- name:start -->`` and ``<!-- name:end -->`` replaced.
+
+    Raises:
+        ValueError: the page lacks one of the marks.
+    """
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    before, found, rest = page.partition(start)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"the page lacks the markers {start} and {end}: put them where its table belongs")
+    return f"{before}{start}\n{new}\n{end}{after}"
+
+
 def decoded(content: bytes, path: Path) -> str:
     """Text of a file in UTF-8, whatever the platform's encoding; a byte order mark is no part of it.
 
