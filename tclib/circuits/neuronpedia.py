@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -92,19 +92,14 @@ def neuronpedia_url(layer: int, feature: int, scan: str = "gpt2-small", source: 
 
 
 def save_graph_json(
-    trace: Trace,
-    graph: Graph,
-    folder: str | Path,
-    slug: str,
-    scan: str,
-    source: str | None = None,
-    pinned: Collection[tuple[int, int, int]] = (),
-    groups: Mapping[str, Collection[tuple[int, int, int]]] | None = None,
-    names: Callable[[int, int], str] | None = None,
+    trace: Trace, graph: Graph, folder: str | Path, slug: str, scan: str, source: str | None = None, **shown: Any
 ) -> Path:
-    """Write `graph_json` as ``folder/slug.json`` and enter it in ``folder/graph-metadata.json``."""
+    """Write `graph_json`, with ``shown`` for its other arguments, as ``folder/slug.json``; return its path.
+
+    The graph is entered in ``folder/graph-metadata.json``.
+    """
     folder = Path(folder)
-    content = graph_json(trace, graph, slug, scan, source, pinned, groups, names)
+    content = graph_json(trace, graph, slug, scan, source, **shown)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug}.json"
     write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
