@@ -500,6 +500,16 @@ def test_nothing_returned_and_nothing_written(name, capsys):
         getattr(checks.graded, name)(blank)
 
 
+def test_a_check_leaves_the_generator_of_the_notebook_as_it_was():
+    def drawing(live, group, how):
+        torch.rand(3)
+        raise NotImplementedError
+
+    before = torch.get_rng_state()
+    checks.ablation_value(drawing)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_error_in_the_answer_keeps_its_traceback():
     with pytest.raises(RuntimeError) as failure:
         checks.transcoder(lambda x, y, W, b, V, c, l1: x @ V)
@@ -756,6 +766,10 @@ CHECK = re.compile(r"checks\.(\w+)\((my_\w+)(?:, .*)?\)(?:\n\2 = answered\(\2, .
 
 def folded_solution(task: str) -> str:
     return re.search(r"<summary>Solution</summary>\n\n```python\n(.*?)```", task, re.DOTALL)[1]
+
+
+def test_every_notebook_has_an_exercise_but_the_first_an_appendix_and_the_one_for_own_prompts():
+    assert [path.stem.split("_")[0] for path in COMMITTED if path not in TAUGHT] == ["00", "01b", "08"]
 
 
 @each_taught

@@ -19,13 +19,16 @@ OPEN = "open: write your answer in the cell above and run it, then this one"
 def exercise(check: Callable[..., None], graded: bool = False) -> Callable[..., None]:
     """A check as notebooks call it: while the answer is a stub, it prints that the exercise is open.
 
-    ``graded`` checks raise the stub's `NotImplementedError` instead, because what does not fail earns points.
+    What it and the answer draw at random leaves the notebook's generator as it was, so that later cells compute the
+    same with and without an answer. ``graded`` checks raise the stub's `NotImplementedError` instead, because what does
+    not fail earns points.
     """
 
     @wraps(check)
     def checked(answer: Any, *context: Any) -> None:
         try:
-            check(answer, *context)
+            with torch.random.fork_rng(devices=[]):
+                check(answer, *context)
         except NotImplementedError:
             if graded:
                 raise
