@@ -53,6 +53,9 @@ class Bench:
         layer: the MLP to take apart; -1 for the one whose mean over the start years costs the task most.
         rows: rows of text to learn from.
         k: units that a dictionary may use at one token.
+
+    Raises:
+        ValueError: the model has no such layer, or its tokenizer does not write years in two tokens.
     """
 
     @torch.no_grad()
@@ -201,8 +204,14 @@ def learn(loss: Callable[[Tensor], Tensor], weights: Sequence[Tensor], tokens: i
         w.requires_grad_(False)
 
 
-def topk_dictionary(bench: Bench, reads: str, writes: str, units: int, steps: int, seed: int, skip: bool = False):
-    """A TopK transcoder (``reads`` the MLP's input), skip transcoder or SAE (``reads`` what it writes)."""
+def topk_dictionary(
+    bench: Bench, reads: str, writes: str, units: int, steps: int, seed: int, skip: bool = False
+) -> Dictionary:
+    """A TopK transcoder (``reads`` the MLP's input), skip transcoder or SAE (``reads`` what it writes).
+
+    It learns by `learn`, as every other dictionary of the bench does, so that they are compared at equal training;
+    `tclib.train` would give each of these a recipe of its own.
+    """
     V, Y = bench.train[reads], bench.train[writes]
     D = directions(units, Y.shape[1], seed)
     E, b, c, S = D.T.clone(), torch.zeros(units), torch.zeros(Y.shape[1]), torch.zeros(V.shape[1], Y.shape[1])

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import interventions
 from tclib.evaluation import stats
-from tclib.tasks import digits
+from tclib.tasks import digits, published
 from tclib.tasks import greater_than as gt
 from tclib.transcoder import Transcoder
 
@@ -95,6 +95,7 @@ def sentences(
         left: for each key MLP the KL with ``all`` features, and with 16 ``features, error live`` and 16 ``neurons``.
     """
     u, keys = behaviour, left.index.tolist()
+    gpt2 = published.values("greater_than_original")["probability_difference"]
     worse, better = int((contest["low"].to_numpy() > 0).sum()), int((contest["high"].to_numpy() < 0).sum())
     brings = " and ".join(f"{layer}.{head}" for layer, head in heads)
 
@@ -112,7 +113,7 @@ def sentences(
     verdict = "carries over" if better == len(contest) else "does not carry over"
     reason = "not the reason" if ten_answers_no_reason else "perhaps a reason"
     return [
-        f"1. SmolLM2 compares: PD {u['forward mean']:.3f} {forward}, where GPT-2's was 0.883; balanced "
+        f"1. SmolLM2 compares: PD {u['forward mean']:.3f} {forward}, where GPT-2's was {gpt2:.3f}; balanced "
         f"{u['balanced mean']:.2f} {balanced}. Heads {brings} bring the digit and MLPs {keys[0]} and {keys[1]} decide; "
         f"{circuit[0]} nodes keep {circuit[1]:.2f} on other nouns.",
         f"2. That few features beat few neurons {verdict}: of {len(contest)} comparisons features win {better} and "

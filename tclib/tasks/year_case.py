@@ -67,8 +67,13 @@ def draw_nodes(values: Float[Tensor, "layer pos node"], source: int, title: str,
     plots.heatmap(grid, title, "token of the prompt; the first is YY", layer, unit, edges)
 
 
-def draw_estimates(effects: Tensor, is_head: Tensor, shown: Mapping[str, Tensor], titles: Mapping[str, str]) -> None:
-    """One panel per route: measured effects of the nodes across, the route's estimates upwards."""
+def draw_estimates(
+    effects: Float[Tensor, " node"],
+    is_head: Bool[Tensor, " node"],
+    shown: Mapping[str, Float[Tensor, " node"]],
+    titles: Mapping[str, str],
+) -> None:
+    """One panel per route: measured effects of the nodes across, the route's estimates upwards, both in log odds."""
     _, axes = plt.subplots(1, len(shown), figsize=(3.7 * len(shown), 3.2), sharex=True, sharey=True, squeeze=False)
     for ax, (route, scores) in zip(axes[0], shown.items(), strict=True):
         for of_kind, label, mark in ((is_head, "heads", "o"), (~is_head, "MLPs", "s")):
