@@ -31,7 +31,8 @@ ORIGIN = {
     "fronts.json": "`python -m making.fronts`",
     "sweep.json": "`python -m making.sweep`",
     "ablations.json": "`python -m making.ablations`",
-    "smollm2": "`python -m making.smollm2`; `claims.json` by notebook 09, `controls.json` by `making.smollm2_controls`",
+    "smollm2": "`python -m making.smollm2`; `claims.json` by notebook 09, `successors.json` by notebook 11b, "
+    "`controls.json` by `making.smollm2_controls`",
     "clt": "`python -m making.cross_layer`",
 }
 

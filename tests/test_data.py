@@ -153,3 +153,10 @@ def test_rows_are_as_wide_as_asked_for_and_no_wider_than_the_context(model, tmp_
         model.cfg.n_ctx = context
     with pytest.raises(ValueError, match="width = 1: a row has at least two tokens"):
         tc.load_text(model, "chronicle", 2, width=1)
+
+
+def test_what_notebook_11b_says_of_successors_in_another_model():
+    rows = json.loads((DATA / "smollm2" / "successors.json").read_text(encoding="utf-8"))
+    assert rows["digits"]["best part"] == "head 23.3" and rows["digits"]["score"] > rows["digits"]["highest"]
+    for name in ("days", "months"):
+        assert rows[name]["shuffled, lowest"] <= rows[name]["score"] <= rows[name]["highest"]
