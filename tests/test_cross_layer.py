@@ -26,18 +26,11 @@ from tclib.training.cross_layer import CrossTrainer
 from tclib.training.fast.sparse_step import make_trainer
 from tclib.transcoder import imitation
 from tests import foreign
-from tests.tiny import FAMILIES, make_model, make_transcoder
+from tests.tiny import FAMILIES, SPARSE_KINDS, make_model, make_transcoder
 
 LAYERS, WORDS = 3, 8
 ALL = ["gpt2", "neox", "neox-sequential", *FAMILIES]
 KINDS = {"relu": {}, "topk": {"activation": "topk", "k": 8}, "jumprelu": {"activation": "jumprelu"}}
-TRAINED = {
-    "relu": {"l1_coefficient": 0.05},
-    "free relu": {"l1_coefficient": 0.05, "unit_norm": False},
-    "topk": {"activation": "topk", "k": 8},
-    "batchtopk": {"activation": "batchtopk", "k": 8},
-    "jumprelu": {"activation": "jumprelu", "bandwidth": 0.05, "l0_coefficient": 0.01},
-}
 
 
 def make_set(layers=LAYERS, first=0, before_norm=False, seed=0, **config):
@@ -255,14 +248,14 @@ def data(seed=0, tokens=200, width=16, layers=LAYERS):
 def learner(kind, sparse, seed=0, **changes):
     base = {"kind": "cross_layer", "d_features": 96, "steps": 200, "start_l0": 8.0, "tied": True}
     base |= {"sparse_from": 1 if sparse else 10**6, "sparse_below": 1.0}
-    c = tc.TrainConfig(**(base | TRAINED[kind] | changes))
+    c = tc.TrainConfig(**(base | SPARSE_KINDS[kind] | changes))
     parts = {layer: make_trainer(layer, *pair, c, LAYERS - layer) for layer, pair in data(seed).items()}
     return CrossTrainer(parts)
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense step", "sparse step"])
-@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
 def test_loss_and_gradients_are_the_plain_equations(kind, sparse, skip):
     """Against loops over layer pairs and autograd, dead features and their second target included."""
     joint = learner(kind, sparse, skip=skip)
@@ -315,7 +308,7 @@ def test_loss_and_gradients_are_the_plain_equations(kind, sparse, skip):
                 assert difference <= 1e-6 * p.grad.abs().max(), (layer, name)
 
 
-@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
 def test_the_sparse_step_trains_as_the_dense_one(kind):
     dense, sparse = learner(kind, False), learner(kind, True)
     for step in range(30):
@@ -327,7 +320,7 @@ def test_the_sparse_step_trains_as_the_dense_one(kind):
             assert (p - q).abs().max() <= 1e-6 * q.abs().max().clamp(min=1e-3), name
 
 
-@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
 @pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
 def test_folding_the_scaling_changes_nothing(kind, skip):
     joint = learner(kind, False, skip=skip)

@@ -13,22 +13,15 @@ from tclib.training.fast.pairs import Pairs
 from tclib.training.fast.sparse_step import SparseTrainer, make_trainer
 from tclib.training.trainer import Trainer
 from tests.rank_worker import assert_one_and_two_agree, launch
-from tests.tiny import make_model
+from tests.tiny import SPARSE_KINDS, make_model
 
-KINDS = {
-    "relu": {"l1_coefficient": 0.05},
-    "free relu": {"l1_coefficient": 0.05, "unit_norm": False},
-    "topk": {"activation": "topk", "k": 8},
-    "batchtopk": {"activation": "batchtopk", "k": 8},
-    "jumprelu": {"activation": "jumprelu", "bandwidth": 0.05, "l0": 0.01},
-}
 WIDTH, FEATURES, TOKENS = 24, 320, 300
 WAYS = {"exact": 0.0, "bfloat16": 1.0}  # screen_below
 
 
 def config(kind, **changes):
     base = {"d_features": FEATURES, "steps": 500, "start_l0": 12.0, "sparse_below": 1.0, "tied": True}
-    return tc.TrainConfig(**(base | KINDS[kind] | changes))
+    return tc.TrainConfig(**(base | SPARSE_KINDS[kind] | changes))
 
 
 @cache
@@ -57,7 +50,7 @@ def twins(kind, dtype=torch.float64, **changes):
     return pair
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
 @pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["64", "32"])
@@ -99,7 +92,7 @@ def apart(rows, others):
     return loss, *(abs(rows[-1][name] / others[-1][name] - 1) for name in ("l0", "fvu"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
 def test_500_steps_in_float64_end_with_the_same_weights(kind):
     changes = {"skip": True, "screen_below": 1.0, "dead_after": 2000}
     (plain, rows), (fast, others) = (trajectory(c, kind, torch.float64, **changes) for c in (Trainer, SparseTrainer))
@@ -164,7 +157,7 @@ def test_from_dense_to_screened_through_all_switches(kind):
         assert (p - q).abs().max() < 1e-8, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
 def test_restored_it_goes_on_with_the_same_bits(kind):
     c = config(kind)
     first, second = (SparseTrainer(0, *data(torch.float32, seed=s), c) for s in (0, 7))
@@ -190,7 +183,7 @@ def test_either_step_goes_on_where_the_other_stopped():
 
 
 def test_a_batch_without_any_active_feature():
-    for kind in KINDS:
+    for kind in SPARSE_KINDS:
         _, s = twins(kind, screen_below=1.0)
         with torch.no_grad():
             s.transcoder.b_enc -= 100

@@ -35,6 +35,13 @@ FAMILIES = {
     "gemma3_text": _GEMMA | _WINDOW,
     "olmo2": {},
 }
+SPARSE_KINDS = {  # settings of every kind of sparse step
+    "relu": {"l1_coefficient": 0.05},
+    "free relu": {"l1_coefficient": 0.05, "unit_norm": False},
+    "topk": {"activation": "topk", "k": 8},
+    "batchtopk": {"activation": "batchtopk", "k": 8},
+    "jumprelu": {"activation": "jumprelu", "bandwidth": 0.05, "l0_coefficient": 0.01},
+}
 
 
 def make_model(
