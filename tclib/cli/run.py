@@ -1,4 +1,4 @@
-"""`python -m tclib run`: execute the notebooks in order, without touching the committed ones."""
+"""`python -m tclib run`: execute the notebooks, as many at a time as there are cores, and leave the committed ones alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,12 +64,12 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
     folder.mkdir(parents=True)
     results: list[Result] = []
     status = 0
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends the kernels too
     try:
-        for number, notebook in enumerate(notebooks, start=1):
-            print(f"[{number}/{len(notebooks)}] {notebook.stem} ...", end=" ", flush=True)
-            results.append(execute(notebook, folder / notebook.name, typed(notebook, parameters)))
-            last = results[-1]
-            print(f"{last.seconds:.0f} s, {last.gigabytes:.1f} GB, {last.headline}", flush=True)
+        for result in as_finished([(path, folder / path.name, typed(path, parameters)) for path in notebooks]):
+            results.append(result)
+            counted = f"[{len(results)}/{len(notebooks)}] {result.name}"
+            print(f"{counted} ... {result.seconds:.0f} s, {result.gigabytes:.1f} GB, {result.headline}", flush=True)
     except KeyboardInterrupt:
         print(f"\nInterrupted: what is finished is kept in {folder}.", file=sys.stderr)
         status = 130
@@ -76,6 +78,15 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
             raise
         print(f"\n{sentence} What is finished is kept in {folder}.", file=sys.stderr)
         status = 1
+    except ValueError as error:  # too little memory for one kernel
+        print(error, file=sys.stderr)
+        status = 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    results.sort(key=lambda result: result.name)
+    for path in folder.glob("*.ipynb"):  # cut off in the middle
+        if path not in {result.path for result in results}:
+            path.unlink()
     if results:
         print(f"\n{table(results)}\n\nOpen them:  {show_command(folder)}")
     return status or int(any(result.failed for result in results))
@@ -202,6 +213,23 @@ def unused_folder(runs: Path, name: str | None) -> Path:
     return folder
 
 
+def as_finished(tasks: Sequence[tuple[Path, Path, dict[str, Any]]]) -> Iterator[Result]:
+    """Execute notebooks side by side, each as `execute` does, and give their results as they come to their end.
+
+    Raises:
+        OSError: the disk takes no more.
+        ValueError: the memory does not suffice for one notebook.
+    """
+    from dask.distributed import as_completed
+
+    from tclib.nb.sweeps.cluster import connected
+
+    with connected(None, len(tasks)) as client:
+        futures = [client.submit(execute, *task, pure=False) for task in tasks]
+        for future in as_completed(futures, loop=client.loop):
+            yield future.result()
+
+
 def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
     """Execute one notebook into ``target``, which is kept if a cell fails.
 
@@ -214,7 +242,9 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
     problem, peak = None, Peak()
     try:
         with stderr_to(target.parent / "kernels.log"), peak:
-            papermill.execute_notebook(
+            # A context of its own: in a worker's thread, the event loop of an earlier notebook is closed.
+            Context().run(
+                papermill.execute_notebook,
                 source,
                 target,
                 parameters=parameters,
