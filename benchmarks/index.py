@@ -29,7 +29,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import hook_in, hook_out
-from tclib.features import Index, build_index, feature_activations
+from tclib.features import FeatureActivations, Index, build_index
 from tclib.features import index as store
 from tclib.features.build import BATCH_ROWS
 from tclib.transcoder import Transcoder, TranscoderConfig
@@ -131,22 +131,24 @@ def check(index: Index, scores: Tensor) -> None:
     assert np.allclose(dense.astype(np.float32), expected.astype(np.float32), rtol=2e-3, atol=2e-5), "the values differ"
 
 
+READS = {
+    "count": lambda fired: fired.count,
+    "histogram": FeatureActivations.histogram,
+    "top": FeatureActivations.top,
+    "bands": FeatureActivations.bands,
+    "top_tokens": FeatureActivations.top_tokens,
+}
+
+
 def reading(folder: Path) -> None:
     index = large_index(folder / "large")
     counts = np.diff(index.layer_offsets(0))
     drawn = np.random.default_rng(0).choice(np.flatnonzero(counts), 200, replace=False)
     print(f"reading from {index.n_tokens:,} tokens, {counts.sum():,} activations, milliseconds per call:")
     densest = int(counts.argmax())
-    for function in (
-        feature_activations.count,
-        feature_activations.histogram,
-        feature_activations.top,
-        feature_activations.bands,
-        feature_activations.top_tokens,
-    ):
-        each = [best_of(lambda f=feature, g=function: g(index, 0, int(f)), 3) for feature in drawn]
-        worst = best_of(lambda g=function: g(index, 0, densest), 5)
-        name = function.__name__
+    for name, function in READS.items():
+        each = [best_of(lambda f=feature, g=function: g(FeatureActivations(index, 0, int(f))), 3) for feature in drawn]
+        worst = best_of(lambda g=function: g(FeatureActivations(index, 0, densest)), 5)
         print(f"{name:11} median {1e3 * statistics.median(each):.3f}, slowest of 200 {1e3 * max(each):.3f}, "
               f"densest feature ({counts[densest] / index.n_tokens:.0%} of tokens) {1e3 * worst:.3f}")  # fmt: skip
 

@@ -18,7 +18,7 @@ import torch
 
 import tclib as tc
 from tclib import connections, targets
-from tclib.features import build_index, connect, dashboard, dashboard_figure, feature_activations, search
+from tclib.features import FeatureActivations, build_index, connect, dashboard, dashboard_figure, search
 from tclib.transcoder import TranscoderConfig
 from tclib.ui import circuitsvis_views, dashboard_page
 from tests.tiny import make_model, make_transcoder
@@ -86,8 +86,8 @@ class Reader(HTMLParser):
 
 def test_its_numbers_are_those_of_the_functions_it_stands_on(model, transcoders, built, truth, feature, made):
     s = made.statistics
-    assert s["count"] == feature_activations.count(built, 1, feature) and s["frequency"] == s["count"] / built.n_tokens
-    assert s["max"] == feature_activations.top(built, 1, feature, 1)["activation"][0] and s["live"]
+    assert s["count"] == FeatureActivations(built, 1, feature).count and s["frequency"] == s["count"] / built.n_tokens
+    assert s["max"] == FeatureActivations(built, 1, feature).top(1)["activation"][0] and s["live"]
     trace = tc.trace(model, transcoders, "w1 w2 w3", check_fit=False)
     target = targets.feature(trace, 1, feature, 2)
     pd.testing.assert_series_equal(made.logit_lens, connections.logit_lens(trace, 1, feature))
@@ -97,7 +97,8 @@ def test_its_numbers_are_those_of_the_functions_it_stands_on(model, transcoders,
     pull = connections.pullback(trace, target, 0)
     found = made.incoming.query("layer == 0").set_index("feature")["input_invariant"]
     assert np.allclose(found[pull.index], pull, atol=1e-4)
-    back = connect.incoming(built, transcoders, 2, 3).set_index(["layer", "feature"]).loc[(1, feature)]
+    back = connect.incoming(FeatureActivations(built, 2, 3), transcoders)
+    back = back.set_index(["layer", "feature"]).loc[(1, feature)]
     there = made.outgoing.set_index(["layer", "feature"]).loc[(2, 3)]
     assert np.allclose(back.to_numpy(float), there.to_numpy(float), atol=1e-5)
     assert made.heads.shape == (2, 4)
@@ -160,7 +161,7 @@ def test_export_links_pages_and_lists_every_feature(model, transcoders, built, t
 def test_the_listing_names_the_commonest_token(model, built, feature):
     commonest = dashboard_page._commonest(model, built, 1)
     for f in (feature, 0, 1):
-        token = int(feature_activations.top_tokens(built, 1, f, 1)["token"][0])
+        token = int(FeatureActivations(built, 1, f).top_tokens(1)["token"][0])
         assert commonest[f] == repr(model.tokenizer.decode([token]))
     assert commonest[SILENT] == ""
 

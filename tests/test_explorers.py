@@ -26,7 +26,7 @@ from tclib.circuits.layout import layout
 from tclib.circuits.one_step import prompt_graph
 from tclib.circuits.path_search import best_first
 from tclib.features import Summary, build_index, load_summary, summarise
-from tclib.features.feature_activations import count
+from tclib.features.feature_activations import FeatureActivations
 from tclib.features.naming import Names
 from tclib.plots import NEGATIVE, POSITIVE
 from tclib.tasks import greater_than as gt
@@ -223,13 +223,13 @@ def test_free_measurement_is_the_models_own(traced, answer, parts):
 
 def test_rankings_begin_with_the_pullback(parts, traced):
     _, transcoders, _, index = parts
-    table = weights.rankings(index, transcoders, 2, 1334, 1)
+    table = weights.rankings(FeatureActivations(index, 2, 1334), transcoders, 1)
     pullback = connections.pullback(traced, targets.feature(traced, 2, 1334), 1)
     np.testing.assert_allclose(table["input_invariant"], pullback.loc[table.index], atol=1e-4)
     shared = weights.agreement(table, "input_invariant")
     assert (shared["overlap"] == 1).all() and (shared["chance"] < 0.2).all()
     with pytest.raises(ValueError, match="the source comes first"):
-        weights.rankings(index, transcoders, 1, 3, 2)
+        weights.rankings(FeatureActivations(index, 1, 3), transcoders, 2)
 
 
 def test_lab_agrees_with_the_model(parts):
@@ -650,7 +650,7 @@ def test_cards_explain_bands_and_have_a_histogram(parts):
     assert "band 1 of 5" in text and "cut into 5 parts of equal number, band 1 the strongest" in text
     section = text[text.index("its activations on") :]
     counts = [int(n.replace(",", "")) for n in re.findall(r"text-align: right[^>]*>([\d,]+)</td>", section)]
-    assert len(counts) == browser.BINS and sum(counts) == count(index, 2, 1334)
+    assert len(counts) == browser.BINS and sum(counts) == FeatureActivations(index, 2, 1334).count
 
 
 def test_work_can_be_cancelled():
@@ -757,7 +757,7 @@ def test_bad_input_is_one_sentence_and_the_view_stays(parts, name, control, valu
 def test_a_feature_that_never_fired(parts):
     model, transcoders, summary, index = parts
     dead = summary.features.query("layer == 2 and count == 0")["feature"]
-    silent = next(f for f in range(2048) if count(index, 2, f) == 0)
+    silent = next(f for f in range(2048) if not FeatureActivations(index, 2, f).count)
     shell = ui.Weights(transcoders, index, 2, silent)
     assert "never fired" in shell.status.value and not wrong(shell) and "by weights alone" in shell.invariant.value
     shell.feature.value = "1334"

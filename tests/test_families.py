@@ -19,7 +19,7 @@ from tclib.blocks import Block, embeddings
 from tclib.circuits import attention, graph, validation
 from tclib.circuits.one_step import prompt_graph
 from tclib.evaluation.baselines import top_neurons
-from tclib.features import connect, dashboard
+from tclib.features import FeatureActivations, connect, dashboard
 from tclib.tasks.shared_prefix import SharedPrefix
 from tclib.ui import dashboard_page
 from tests.tiny import FAMILIES, make_model, make_transcoder
@@ -266,9 +266,9 @@ def check_connections(model, transcoders, tokens, built):
     """What `connect` reads from an index, both ways, is what a pass over the text gives."""
     feature = int((transcoders[2].encode(_inputs(model, tokens, 2)) > 0).sum(0).argmax())
     theirs = connections.data_weighted(model, transcoders, tokens, 0, 2, feature)
-    ours = connect.incoming(built, transcoders, 2, feature).query("layer == 0").set_index("feature")
+    ours = connect.incoming(FeatureActivations(built, 2, feature), transcoders).query("layer == 0").set_index("feature")
     some = int(theirs["target_weighted"].abs().argmax())
-    back = connect.outgoing(built, transcoders, 0, some).query("layer == 2").set_index("feature")
+    back = connect.outgoing(FeatureActivations(built, 0, some), transcoders).query("layer == 2").set_index("feature")
     for column in ("input_invariant", "input_x_gradient", "target_weighted"):
         assert ours[column].to_numpy() == pytest.approx(theirs[column].to_numpy(), rel=2e-2, abs=2e-3)
         assert back[column][feature] == pytest.approx(theirs[column][some], rel=2e-2, abs=2e-3)

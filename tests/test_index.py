@@ -22,6 +22,7 @@ from tclib import connections, text
 from tclib.activations import mlp_activations
 from tclib.evaluation import ground_truth, measure
 from tclib.features import (
+    FeatureActivations,
     Index,
     NeverFired,
     active,
@@ -95,11 +96,11 @@ def same_bytes(a, b) -> bool:
 
 def test_it_holds_every_activation_and_nothing_else(built, dense, transcoders):
     for layer, z in dense.items():
-        assert sum(feature_activations.count(built, layer, f) for f in range(z.shape[1])) == (z > 0).sum()
+        assert sum(FeatureActivations(built, layer, f).count for f in range(z.shape[1])) == (z > 0).sum()
         for feature in range(z.shape[1]):
             expected = z[:, feature].nonzero().squeeze(1).numpy()
             if not len(expected):
-                assert feature_activations.count(built, layer, feature) == 0
+                assert FeatureActivations(built, layer, feature).count == 0
                 continue
             positions, values = built.entries(layer, feature)
             assert np.array_equal(positions, expected)
@@ -165,7 +166,7 @@ def test_other_architectures(model, tokens, tmp_path, activation):
 
 def test_top_examples(built, dense):
     for feature in np.flatnonzero(search.statistics(built, 0)["count"] > 3)[:5]:
-        table = feature_activations.top(built, 0, feature, 4)
+        table = FeatureActivations(built, 0, feature).top(4)
         z = dense[0][:, feature].numpy().astype(np.float16).astype(np.float32)
         assert np.array_equal(table["activation"], np.sort(z)[::-1][:4])
         assert np.array_equal(z[table["row"] * WIDTH + table["position"]], table["activation"])
@@ -174,35 +175,35 @@ def test_top_examples(built, dense):
 
 def test_histogram_counts_every_activation(built):
     feature = int(search.statistics(built, 0)["count"].idxmax())
-    table = feature_activations.histogram(built, 0, feature, bins=9)
-    assert table["count"].sum() == feature_activations.count(built, 0, feature) and len(table) == 9
+    table = FeatureActivations(built, 0, feature).histogram(bins=9)
+    assert table["count"].sum() == FeatureActivations(built, 0, feature).count and len(table) == 9
     assert table["low"].iloc[0] == 0
 
 
 def test_bands_are_quantiles_and_repeatable(built):
     feature = int(search.statistics(built, 0)["count"].idxmax())
-    table = feature_activations.bands(built, 0, feature, n=4, each=3)
+    table = FeatureActivations(built, 0, feature).bands(n=4, each=3)
     assert list(table["band"].unique()) == [1, 2, 3, 4] and len(table) == 12
     assert (table["activation"].between(table["low"], table["high"])).all()
     lows = table.groupby("band")["low"].first().to_numpy()
     assert (np.diff(lows) <= 0).all()
     values = built.entries(0, feature)[1]
     assert abs((values >= lows[0]).mean() - 0.25) < 0.25 / 2
-    pd.testing.assert_frame_equal(table, feature_activations.bands(built, 0, feature, n=4, each=3))
-    assert not table.equals(feature_activations.bands(built, 0, feature, n=4, each=3, seed=1))
+    pd.testing.assert_frame_equal(table, FeatureActivations(built, 0, feature).bands(n=4, each=3))
+    assert not table.equals(FeatureActivations(built, 0, feature).bands(n=4, each=3, seed=1))
 
 
 def test_bands_of_a_feature_that_fired_once(built):
     counts = search.statistics(built, 1)["count"]
     feature = int(counts[counts > 0].idxmin())
-    table = feature_activations.bands(built, 1, feature)
+    table = FeatureActivations(built, 1, feature).bands()
     assert len(table) == min(counts[feature], 15) and table["band"].iloc[0] == 1
 
 
 def test_top_tokens(built, dense, tokens):
     feature = int(search.statistics(built, 0)["count"].idxmax())
     z, flat = dense[0][:, feature], tokens.flatten()
-    for row in feature_activations.top_tokens(built, 0, feature, 5).itertuples():
+    for row in FeatureActivations(built, 0, feature).top_tokens(5).itertuples():
         here = (flat == row.token) & (z > 0)
         assert row.count == here.sum()
         assert row.of_token == pytest.approx((here.sum() / (flat == row.token).sum()).item())
@@ -223,14 +224,14 @@ def test_tokens_of_features_that_fire_often_are_counted_beforehand(
         assert bool(len(whole.often(1, feature))) == (count >= 50) and not len(built.often(1, feature))
         for k in (2, 4, 9):
             pd.testing.assert_frame_equal(
-                feature_activations.top_tokens(whole, 1, feature, k),
-                feature_activations.top_tokens(built, 1, feature, k),
+                FeatureActivations(whole, 1, feature).top_tokens(k),
+                FeatureActivations(built, 1, feature).top_tokens(k),
             )
     second, feature = shards[1], int(counts.idxmax())
     positions, values = second.entries(1, feature)
     fresh = common_tokens.commonest(second.flat_tokens[positions], values, 4)
     monkeypatch.setattr(feature_activations, "commonest", None)  # would fail if it were used
-    table = feature_activations.top_tokens(second, 1, feature, 4)
+    table = FeatureActivations(second, 1, feature).top_tokens(4)
     assert table["token"].tolist() == fresh["token"].tolist() and table["mean"].tolist() == fresh["mean"].tolist()
     with pytest.raises(ValueError, match="layer 5 is not in this index"):
         whole.often(5, 0)
@@ -243,41 +244,44 @@ def test_a_feature_of_few_tokens_is_not_counted_again(built, tmp_path, monkeypat
     common_tokens.write_often(tmp_path / "one", "0", 0)
     one, feature = Index(tmp_path / "one"), int(search.statistics(built, 0)["count"].idxmax())
     monkeypatch.setattr(feature_activations, "commonest", None)  # would fail if it were used
-    (row,) = feature_activations.top_tokens(one, 0, feature, 10).itertuples()
-    assert (row.token, row.count, row.share) == (3, feature_activations.count(built, 0, feature), 1.0)
+    (row,) = FeatureActivations(one, 0, feature).top_tokens(10).itertuples()
+    assert (row.token, row.count, row.share) == (3, FeatureActivations(built, 0, feature).count, 1.0)
 
 
 def test_context_shows_neighbours_and_stops_at_the_row(built, dense):
     feature = int(search.statistics(built, 0)["count"].idxmax())
     z = dense[0][:, feature].view(ROWS, WIDTH).numpy().astype(np.float16)
     for position in (0, 5, WIDTH - 1):
-        found = feature_activations.context(built, 0, feature, 2, position, before=3, after=2)
+        found = FeatureActivations(built, 0, feature).context(2, position, before=3, after=2)
         start, stop = max(0, position - 3), min(WIDTH, position + 3)
         assert np.array_equal(found.activations, z[2, start:stop])
         assert np.array_equal(found.tokens, built.tokens[2, start:stop])
         assert found.centre == position - start
     with pytest.raises(ValueError, match="row 50 is outside the index"):
-        feature_activations.context(built, 0, feature, ROWS, 0)
+        FeatureActivations(built, 0, feature).context(ROWS, 0)
+
+
+READS = {
+    "count": lambda fired: fired.count,
+    "histogram": FeatureActivations.histogram,
+    "top": FeatureActivations.top,
+    "bands": FeatureActivations.bands,
+    "top_tokens": FeatureActivations.top_tokens,
+}
 
 
 def test_reading_takes_less_than_a_millisecond(built):
     """Of a small index here; of a large one in benchmarks/index.py. The best of many: others use the machine too."""
     feature = int(search.statistics(built, 0)["count"].idxmax())
-    for function in (
-        feature_activations.count,
-        feature_activations.histogram,
-        feature_activations.top,
-        feature_activations.bands,
-        feature_activations.top_tokens,
-    ):
-        function(built, 0, feature)
+    for name, function in READS.items():
+        function(FeatureActivations(built, 0, feature))
         best = min(_seconds(function, built, feature) for _ in range(50))
-        assert best < 1e-3, function.__name__
+        assert best < 1e-3, name
 
 
 def _seconds(function, built, feature) -> float:
     start = time.perf_counter()
-    function(built, 0, feature)
+    function(FeatureActivations(built, 0, feature))
     return time.perf_counter() - start
 
 
@@ -297,14 +301,14 @@ def test_by_positions(built, dense, tokens):
 def test_latents(built, dense):
     truth = pd.DataFrame({"even": built.flat_tokens[built.kept] % 2 == 0, "small": built.flat_tokens[built.kept] < 10})
     feature = int(search.statistics(built, 0)["count"].idxmax())
-    of = search.labels_of(built, 0, feature, truth).set_index("label")
+    of = search.labels_of(FeatureActivations(built, 0, feature), truth).set_index("label")
     by = search.by_label(built, 0, truth["even"], k=64).set_index("feature")
     assert of.loc["even", "f1"] == pytest.approx(by.loc[feature, "f1"])
     best = search.best_labels(built, 0, truth)
     assert best.loc[feature, "f1"] == pytest.approx(of["f1"].max())
     assert pd.isna(best["label"][5]) and best["f1"][5] == 0
     with pytest.raises(ValueError, match="use the same text"):
-        search.labels_of(built, 0, feature, truth.iloc[:-1])
+        search.labels_of(FeatureActivations(built, 0, feature), truth.iloc[:-1])
 
 
 def test_by_similarity(transcoders):
@@ -321,7 +325,7 @@ def test_co_firing(built, dense):
     feature = int(search.statistics(built, 0)["count"].idxmax())
     fired = {layer: z.numpy() > 0 for layer, z in dense.items()}
     for other in (0, 1):
-        for row in search.co_firing(built, 0, feature, other, k=5).itertuples():
+        for row in search.co_firing(FeatureActivations(built, 0, feature), other, k=5).itertuples():
             both = (fired[0][:, feature] & fired[other][:, row.feature]).sum()
             either = (fired[0][:, feature] | fired[other][:, row.feature]).sum()
             assert row.both == both and row.jaccard == pytest.approx(both / either)
@@ -331,14 +335,14 @@ def test_co_firing(built, dense):
 def test_connections_are_those_of_a_pass_over_the_text(model, transcoders, tokens, built):
     target = int(search.statistics(built, 1)["count"].idxmax())
     expected = connections.data_weighted(model, transcoders, tokens, 0, 1, target)
-    found = connect.incoming(built, transcoders, 1, target)
+    found = connect.incoming(FeatureActivations(built, 1, target), transcoders)
     for name in expected:
         size = expected[name].abs().max()
         assert np.allclose(found[name], expected[name], atol=2e-3 * size), name
     for source in (0, 1, 9):
-        out = connect.outgoing(built, transcoders, 0, source).loc[target, connect.COLUMNS[2:]]
+        out = connect.outgoing(FeatureActivations(built, 0, source), transcoders).loc[target, connect.COLUMNS[2:]]
         assert np.allclose(out.astype(float), found.loc[source, connect.COLUMNS[2:]].astype(float), atol=1e-4)
-    silent = connect.incoming(built, transcoders, 1, 6)
+    silent = connect.incoming(FeatureActivations(built, 1, 6), transcoders)
     assert silent["target_weighted"].isna().all() and silent["input_invariant"].notna().all()
 
 
@@ -487,14 +491,14 @@ def test_bad_input_gets_one_sentence(model, transcoders, tokens, built, tmp_path
     with pytest.raises(ValueError, match="no index in .*: index.json is missing; make it with build_index"):
         Index(tmp_path / "nowhere")
     with pytest.raises(NeverFired, match="feature 0/6 never fired on the 749 tokens of this index"):
-        feature_activations.top(built, 0, 6)
-    assert feature_activations.count(built, 0, 6) == 0
+        FeatureActivations(built, 0, 6).top()
+    assert FeatureActivations(built, 0, 6).count == 0
     with pytest.raises(ValueError, match="feature 64 is outside layer 0, which has features 0 to 63"):
-        feature_activations.top(built, 0, 64)
+        FeatureActivations(built, 0, 64)
     with pytest.raises(ValueError, match="feature -1 is outside"):
-        feature_activations.count(built, 0, -1)
+        FeatureActivations(built, 0, -1)
     with pytest.raises(ValueError, match=r"layer 2 is not in this index, which has layers \[0, 1\]"):
-        feature_activations.top(built, 2, 0)
+        FeatureActivations(built, 2, 0)
     with pytest.raises(ValueError, match="text"):
         build_index(model, transcoders, tokens[:0], tmp_path / "index")
     with pytest.raises(ValueError, match="no transcoder to index"):

@@ -21,7 +21,7 @@ from tclib.circuits.neuronpedia import save_graph_json
 from tclib.circuits.one_step import prompt_graph
 from tclib.circuits.path_search import best_first
 from tclib.evaluation import baselines
-from tclib.features import Index, build_index, connect, dashboard, feature_activations, plan, search
+from tclib.features import FeatureActivations, Index, build_index, connect, dashboard, plan, search
 from tclib.inputs import check_tokens
 from tclib.model import to_tokens
 from tclib.tasks import case_studies
@@ -231,12 +231,12 @@ FEATURES = {
     "logit_lens": lambda p, f: connections.logit_lens(p[2], 0, f),
     "ov": lambda p, f: connections.ov_connections(p[2], p[4], 0, f),
     "data_weighted": lambda p, f: connections.data_weighted(p[0], p[1], p[5], 0, 1, f),
-    "incoming": lambda p, f: connect.incoming(p[3], p[1], 1, f),
-    "outgoing": lambda p, f: connect.outgoing(p[3], p[1], 0, f),
-    "count": lambda p, f: feature_activations.count(p[3], 0, f),
-    "top": lambda p, f: feature_activations.top(p[3], 0, f),
+    "incoming": lambda p, f: connect.incoming(FeatureActivations(p[3], 1, f), p[1]),
+    "outgoing": lambda p, f: connect.outgoing(FeatureActivations(p[3], 0, f), p[1]),
+    "count": lambda p, f: FeatureActivations(p[3], 0, f).count,
+    "top": lambda p, f: FeatureActivations(p[3], 0, f).top(),
     "often": lambda p, f: p[3].often(0, f),
-    "co_firing": lambda p, f: search.co_firing(p[3], 0, f),
+    "co_firing": lambda p, f: search.co_firing(FeatureActivations(p[3], 0, f)),
     "similar": lambda p, f: search.by_similarity(p[1][0], f),
     "dashboard": lambda p, f: dashboard.collect(p[0], p[1], p[3], 0, f),
     "keep": lambda p, f: interventions.keep_features(0, p[1][0], [f]),

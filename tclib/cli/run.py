@@ -1,4 +1,4 @@
-"""`python -m tclib run`: execute the notebooks, as many at a time as there are cores, and leave the committed ones alone."""
+"""`python -m tclib run`: execute the notebooks, one on each core, without touching the committed ones."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
         if path not in {result.path for result in results}:
             path.unlink()
     if results:
-        print(f"\n{table(results)}\n\nOpen them:  {show_command(folder)}")
+        print(f'\n{table(results)}\n\nOpen them:  python -m tclib lab --name "{folder.name}"')
     return status or int(any(result.failed for result in results))
 
 
@@ -242,7 +242,7 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
     problem, peak = None, Peak()
     try:
         with stderr_to(target.parent / "kernels.log"), peak:
-            # A context of its own: in a worker's thread, the event loop of an earlier notebook is closed.
+            # In a worker's thread, the event loop of an earlier notebook is closed: each gets a context of its own.
             Context().run(
                 papermill.execute_notebook,
                 source,
@@ -294,8 +294,3 @@ def table(results: Sequence[Result]) -> str:
         f"{name:{widths[0]}}  {seconds:>{widths[1]}}  {peak:>{widths[2]}}  {headline:{widths[3]}}  {path}"
         for name, seconds, peak, headline, path in rows
     )
-
-
-def show_command(folder: Path) -> str:
-    """The command that opens the run in JupyterLab."""
-    return f'python -m tclib lab --name "{folder.name}"'

@@ -15,10 +15,11 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
-from tclib.features.index import Index, NeverFired
+from tclib.features.feature_activations import FeatureActivations
+from tclib.features.index import Index
 from tclib.features.search import sums
 from tclib.inputs import feature_of
 from tclib.transcoder import Transcoder
@@ -27,48 +28,46 @@ COLUMNS = ["layer", "feature", "input_invariant", "input_x_gradient", "target_we
 
 
 @torch.no_grad()
-def incoming(index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int) -> pd.DataFrame:
+def incoming(fired: FeatureActivations, transcoders: Mapping[int, Transcoder]) -> pd.DataFrame:
     """Every feature of every earlier layer as a source of one feature, on the direct path.
 
     Returns:
         ``layer``, ``feature``, ``input_invariant``, ``input_x_gradient``, ``target_weighted``; the last two are NaN if
         the feature never fired.
     """
-    feature = _feature(index, transcoders, layer, feature)
+    index, layer = fired.index, fired.layer
+    feature = feature_of(transcoders, layer, fired.feature)
     f_enc = _centred(index, transcoders[layer].W_enc[:, feature].cpu())
     tables = [_empty()]
     for earlier in sorted(at for at in transcoders if at < layer):
         V = (transcoders[earlier].written(layer - earlier).cpu() @ _written(index, earlier, f_enc)).numpy()
         table = pd.DataFrame({"layer": earlier, "feature": np.arange(len(V)), "input_invariant": V})
-        try:
-            positions, values = index.entries(layer, feature)
-        except NeverFired:
+        if not fired.count:
             tables.append(table)
             continue
-        fires, strength = _at(index, positions, 1.0), _at(index, positions, values)
+        fires, strength = _at(fired, 1.0), _at(fired, fired.values)
         scale = index.scale[layer] * index.after.get(earlier, np.float32(1))
         table["input_x_gradient"] = V * sums(index, earlier, fires / scale, activations=True) / index.n_tokens
-        total = values.sum(dtype=np.float64)
+        total = fired.values.sum(dtype=np.float64)
         table["target_weighted"] = V * sums(index, earlier, strength / scale, activations=True) / total
         tables.append(table)
     return pd.concat(tables, ignore_index=True)[COLUMNS]
 
 
 @torch.no_grad()
-def outgoing(index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int) -> pd.DataFrame:
+def outgoing(fired: FeatureActivations, transcoders: Mapping[int, Transcoder]) -> pd.DataFrame:
     """Every feature of every later layer as a reader of one feature, on the direct path; columns as `incoming`."""
-    feature = _feature(index, transcoders, layer, feature)
+    index, layer = fired.index, fired.layer
+    feature = feature_of(transcoders, layer, fired.feature)
     tables = [_empty()]
     for later in sorted(at for at in transcoders if at > layer):
         f_dec = transcoders[layer].written(later - layer)[feature].cpu()
         V = (_written(index, layer, _centred(index, transcoders[later].W_enc.T.cpu())) @ f_dec).numpy()
         table = pd.DataFrame({"layer": later, "feature": np.arange(len(V)), "input_invariant": V})
-        try:
-            positions, values = index.entries(layer, feature)
-        except NeverFired:
+        if not fired.count:
             tables.append(table)
             continue
-        written = _at(index, positions, values) / index.scale[later] / index.after.get(layer, np.float32(1))
+        written = _at(fired, fired.values) / index.scale[later] / index.after.get(layer, np.float32(1))
         table["input_x_gradient"] = V * sums(index, later, written) / index.n_tokens
         totals = sums(index, later, np.ones(len(written), np.float32), activations=True)
         together = sums(index, later, written, activations=True)
@@ -80,10 +79,6 @@ def outgoing(index: Index, transcoders: Mapping[int, Transcoder], layer: int, fe
 def strongest(table: pd.DataFrame, by: str, k: int = 8) -> pd.DataFrame:
     """The k connections of largest magnitude."""
     return table.dropna(subset=[by]).sort_values(by, key=abs, ascending=False, kind="stable", ignore_index=True).head(k)
-
-
-def _feature(index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int) -> int:
-    return feature_of(transcoders, layer, index.feature(layer, feature))
 
 
 def _centred(index: Index, readers: Float[Tensor, "*reader d_model"]) -> Float[Tensor, "*reader d_model"]:
@@ -98,9 +93,9 @@ def _written(index: Index, layer: int, readers: Float[Tensor, "*reader d_model"]
     return gained - gained.mean(-1, keepdim=True) if index.about["norm_after"][str(layer)] else gained
 
 
-def _at(index: Index, positions: np.ndarray, values) -> np.ndarray:
-    dense = np.zeros(len(index.flat_tokens), np.float32)
-    dense[positions] = values
+def _at(fired: FeatureActivations, values: np.ndarray | float) -> Float32[np.ndarray, " row*pos"]:
+    dense = np.zeros(len(fired.index.flat_tokens), np.float32)
+    dense[fired.positions] = values
     return dense
 
 

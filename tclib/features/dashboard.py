@@ -14,7 +14,8 @@ from tclib import connections, targets
 from tclib.activations import hook_in, hook_out
 from tclib.circuits.neuronpedia import neuronpedia_url
 from tclib.evaluation.metrics import LIVE
-from tclib.features import NeverFired, connect, feature_activations, search
+from tclib.features import connect, search
+from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index
 from tclib.inputs import bos_id, feature_of
 from tclib.model import token_strings
@@ -79,28 +80,26 @@ def collect(
     Raises:
         ValueError: a layer or feature that is not there, or an index made from other weights.
     """
-    feature = feature_of(transcoders, layer, index.feature(layer, feature))
+    fired = FeatureActivations(index, layer, feature)
+    feature = feature_of(transcoders, layer, fired.feature)
     index.check(model, {layer: transcoders[layer]})
     # Input-invariant numbers are the same at every prompt; BOS alone is the shortest.
     traced = trace(model, dict(transcoders), torch.tensor([bos_id(model) or 0]))
     target = targets.feature(traced, layer, feature, 0)
-    fired = feature_activations.count(index, layer, feature) > 0
     return Dashboard(
         name=f"mlp{layer}[{feature}]",
         layer=layer,
         feature=feature,
-        statistics=_statistics(index, layer, feature),
-        histogram=feature_activations.histogram(index, layer, feature)
-        if fired
-        else pd.DataFrame(columns=["low", "high", "count"]),
-        examples=_examples(model, index, layer, feature, strongest, bands, each, seed) if fired else [],
-        top_tokens=_top_tokens(model, index, layer, feature),
+        statistics=_statistics(fired),
+        histogram=fired.histogram() if fired.count else pd.DataFrame(columns=["low", "high", "count"]),
+        examples=_examples(model, fired, strongest, bands, each, seed) if fired.count else [],
+        top_tokens=_top_tokens(model, fired),
         logit_lens=connections.logit_lens(traced, layer, feature),
         de_embedding=connections.de_embed(traced, target),
-        incoming=connect.incoming(index, transcoders, layer, feature),
-        outgoing=connect.outgoing(index, transcoders, layer, feature),
+        incoming=connect.incoming(fired, transcoders),
+        outgoing=connect.outgoing(fired, transcoders),
         heads=_heads(traced, target),
-        labels=search.labels_of(index, layer, feature, truth) if truth is not None and fired else None,
+        labels=search.labels_of(fired, truth) if truth is not None and fired.count else None,
         similar=search.by_similarity(transcoders[layer], feature, 5),
         link=neuronpedia(transcoders[layer].config, layer, feature),
     )
@@ -114,35 +113,34 @@ def neuronpedia(config: TranscoderConfig, layer: int, feature: int) -> str | Non
     return neuronpedia_url(layer, feature)
 
 
-def _statistics(index: Index, layer: int, feature: int) -> pd.Series:
-    number = feature_activations.count(index, layer, feature)
-    share = number / max(index.n_tokens, 1)
+def _statistics(fired: FeatureActivations) -> pd.Series:
+    number, tokens = fired.count, fired.index.n_tokens
+    share = number / max(tokens, 1)
     mean, largest = float("nan"), float("nan")
     if number:
-        values = index.entries(layer, feature)[1].astype(np.float32)
+        values = fired.values.astype(np.float32)
         mean, largest = float(values.mean()), float(values.max())
-    entries = {"tokens": index.n_tokens, "count": number, "frequency": share, "live": share > LIVE}
+    entries = {"tokens": tokens, "count": number, "frequency": share, "live": share > LIVE}
     return pd.Series(entries | {"mean": mean, "max": largest}, dtype=object)
 
 
-def _examples(model, index: Index, layer: int, feature: int, strongest: int, n: int, each: int, seed: int):
-    best = feature_activations.top(index, layer, feature, strongest)
+def _examples(model, fired: FeatureActivations, strongest: int, n: int, each: int, seed: int) -> list[Example]:
+    best = fired.top(strongest)
     best = best.assign(band=0, low=best["activation"].min(), high=best["activation"].max())
-    table = pd.concat([best, feature_activations.bands(index, layer, feature, n, each, seed)])
+    table = pd.concat([best, fired.bands(n, each, seed)])
     examples = []
     for row in table.to_dict("records"):
-        found = feature_activations.context(index, layer, feature, row["row"], row["position"])
+        found = fired.context(row["row"], row["position"])
         words = token_strings(model, torch.tensor(found.tokens.tolist()))
         place = {name: row[name] for name in ("band", "low", "high", "row", "position")}
         examples.append(Example(**place, tokens=words, activations=found.activations))
     return examples
 
 
-def _top_tokens(model, index: Index, layer: int, feature: int) -> pd.DataFrame:
-    try:
-        table = feature_activations.top_tokens(index, layer, feature)
-    except NeverFired:
+def _top_tokens(model, fired: FeatureActivations) -> pd.DataFrame:
+    if not fired.count:
         return pd.DataFrame(columns=["token", "count", "share", "of_token", "mean"])
+    table = fired.top_tokens()
     return table.assign(token=token_strings(model, torch.tensor(table["token"].tolist())))
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
+from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index, blocks
 from tclib.inputs import whole
 from tclib.transcoder import Transcoder
@@ -58,7 +59,7 @@ def by_positions(index: Index, layer: int, on: Bool[np.ndarray, " row*pos"], k: 
     return table.sort_values("f1", ascending=False, kind="stable", ignore_index=True).head(k)
 
 
-def labels_of(index: Index, layer: int, feature: int, truth: pd.DataFrame, k: int = 5) -> pd.DataFrame:
+def labels_of(fired: FeatureActivations, truth: pd.DataFrame, k: int = 5) -> pd.DataFrame:
     """Which labels a feature stands for, taking "it fires" as the prediction.
 
     Args:
@@ -71,12 +72,11 @@ def labels_of(index: Index, layer: int, feature: int, truth: pd.DataFrame, k: in
         ValueError: a table of another text.
         NeverFired: the feature has no activation.
     """
-    _same_text(index, len(truth))
-    positions, _ = index.entries(layer, feature)
-    hits = truth.to_numpy()[index.rank[positions]].sum(0)
+    _same_text(fired.index, len(truth))
+    hits = truth.to_numpy()[fired.index.rank[fired.positions]].sum(0)
     sizes = truth.to_numpy().sum(0)
-    table = pd.DataFrame({"label": list(truth), "precision": hits / len(positions), "recall": hits / sizes})
-    table["f1"] = 2 * hits / (len(positions) + sizes)
+    table = pd.DataFrame({"label": list(truth), "precision": hits / fired.count, "recall": hits / sizes})
+    table["f1"] = 2 * hits / (fired.count + sizes)
     return table.sort_values("f1", ascending=False, kind="stable", ignore_index=True).head(k)
 
 
@@ -113,26 +113,25 @@ def by_similarity(transcoder: Transcoder, feature: int, k: int = 20, side: str =
     return pd.DataFrame({"feature": chosen.cpu().numpy(), "cosine": values.cpu().numpy()})
 
 
-def co_firing(index: Index, layer: int, feature: int, with_layer: int | None = None, k: int = 20) -> pd.DataFrame:
+def co_firing(fired: FeatureActivations, with_layer: int | None = None, k: int = 20) -> pd.DataFrame:
     """Which features of a layer (the same by default) fire on the same tokens.
 
     Returns:
         ``feature``, ``both`` (tokens), ``of_this`` (share of this feature's firings), ``of_other``, ``jaccard``,
         ``lift`` (both / what independence would give); largest Jaccard index first.
     """
-    other = layer if with_layer is None else with_layer
-    positions, _ = index.entries(layer, feature)
+    index, other = fired.index, fired.layer if with_layer is None else with_layer
     on = np.zeros(len(index.flat_tokens), np.float32)
-    on[positions] = 1
-    counts, this = np.diff(index.layer_offsets(other)), len(positions)
+    on[fired.positions] = 1
+    counts, this = np.diff(index.layer_offsets(other)), fired.count
     both = sums(index, other, on).round().astype(int)
     table = pd.DataFrame({"feature": np.arange(len(counts)), "both": both})
     table["of_this"] = both / this
     table["of_other"] = both / np.maximum(counts, 1)
     table["jaccard"] = both / np.maximum(this + counts - both, 1)
     table["lift"] = both * index.n_tokens / np.maximum(this * counts, 1)
-    if other == layer:
-        table = table[table["feature"] != feature]
+    if other == fired.layer:
+        table = table[table["feature"] != fired.feature]
     return table.sort_values("jaccard", ascending=False, kind="stable", ignore_index=True).head(k)
 
 

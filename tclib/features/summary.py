@@ -16,7 +16,8 @@ import pandas as pd
 from jaxtyping import UInt16
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.features import feature_activations, search
+from tclib.features import search
+from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index, fingerprint
 from tclib.io.paths import data_path, write_whole
 from tclib.transcoder import Transcoder
@@ -46,10 +47,11 @@ def summarise(index: Index, truth: pd.DataFrame | None = None, seed: int = 0) ->
         table["label"] = best["label"].to_numpy() if best is not None else None
         table["f1"] = best["f1"].to_numpy() if best is not None else np.nan
         for feature in np.flatnonzero(table["count"]).tolist():
-            first = feature_activations.top_tokens(index, layer, feature, 1)
+            fired = FeatureActivations(index, layer, feature)
+            first = fired.top_tokens(1)
             table.loc[feature, ["token", "token_share"]] = [first["token"][0], first["share"][0]]
-            strongest = feature_activations.top(index, layer, feature, STRONGEST).assign(band=0)
-            drawn = feature_activations.bands(index, layer, feature, BANDS, EACH, seed)
+            strongest = fired.top(STRONGEST).assign(band=0)
+            drawn = fired.bands(BANDS, EACH, seed)
             examples.append(pd.concat([strongest, drawn]).assign(layer=layer, feature=feature))
         features.append(table)
     kept = ["layer", "feature", "band", "row", "position", "activation"]

@@ -11,7 +11,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.connections import logit_lens
-from tclib.features.feature_activations import count, histogram
+from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index
 from tclib.features.search import by_similarity
 from tclib.features.summary import Summary
@@ -121,17 +121,17 @@ def card(traced: Trace, summary: Summary | None, layer: int, feature: int, index
     told = "" if summary is None else _told(traced.model, of_layer(summary, layer).iloc[feature], summary)
     head = f'<div style="color: {TEXT}; line-height: 1.4"><b>mlp{layer}[{feature}]</b> {told}</div>'
     seen = "" if summary is None else _examples(traced.model, summary, layer, feature)
-    strength = "" if index is None else histogram_html(index, layer, feature)
+    strength = "" if index is None else histogram_html(FeatureActivations(index, layer, feature))
     return f'{head}{seen}<div style="display: flex; flex-wrap: wrap">{promoted}{strength}</div>'
 
 
-def histogram_html(index: Index, layer: int, feature: int) -> str:
+def histogram_html(fired: FeatureActivations) -> str:
     """How often a feature fires how strongly on the text of an index, as a table with bars."""
-    if not count(index, layer, feature):
+    if not fired.count:
         return ""
-    table = histogram(index, layer, feature, BINS)
+    table = fired.histogram(BINS)
     rows = [(f"{row['low']:.2f} to {row['high']:.2f}", float(row["count"])) for row in table.to_dict("records")]
-    return bars(rows, f"its activations on {index.n_tokens:,} tokens", "tokens", digits=0)
+    return bars(rows, f"its activations on {fired.index.n_tokens:,} tokens", "tokens", digits=0)
 
 
 def _examples(model: TransformerBridge, summary: Summary, layer: int, feature: int) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.features import feature_activations, search
+from tclib.features import FeatureActivations, search
 from tclib.features.connect import strongest
 from tclib.features.dashboard import LIVE, Dashboard, collect
 from tclib.features.dashboard_figure import figure
@@ -185,7 +185,7 @@ def _commonest(model: TransformerBridge, index: Index, layer: int) -> np.ndarray
     """The token each feature fires on most often, as text; empty for one that never fired."""
     names = np.full(index.n_features(layer), "", dtype=object)
     for feature in np.flatnonzero(np.diff(index.layer_offsets(layer))).tolist():
-        token = int(feature_activations.top_tokens(index, layer, feature, 1)["token"][0])
+        token = int(FeatureActivations(index, layer, feature).top_tokens(1)["token"][0])
         names[feature] = repr(model.tokenizer.decode([token]))
     return names
 

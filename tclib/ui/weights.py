@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib.connections import overlap
 from tclib.features.build import build_index
 from tclib.features.connect import incoming, strongest
-from tclib.features.feature_activations import count
+from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index
 from tclib.plots import NEGATIVE, POSITIVE
 from tclib.transcoder import Transcoder
@@ -32,20 +32,18 @@ WEIGHTED = {"target-weighted": "target_weighted", "mean input x gradient": "inpu
 TOP = 10
 
 
-def rankings(
-    index: Index, transcoders: Mapping[int, Transcoder], layer: int, feature: int, source: int
-) -> pd.DataFrame:
+def rankings(fired: FeatureActivations, transcoders: Mapping[int, Transcoder], source: int) -> pd.DataFrame:
     """All features of layer ``source`` as sources of one later feature on the direct path, by feature index:
     ``input_invariant`` (the pullback), ``input_x_gradient``, ``target_weighted`` (NaN if it never fired).
 
     Raises:
-        ValueError: layers in the wrong order or without a transcoder, or no such feature.
+        ValueError: layers in the wrong order or without a transcoder.
     """
+    layer = fired.layer
     if not {layer, source} <= transcoders.keys() or source >= layer:
         raise ValueError(f"layers {source} and {layer}: the source comes first, and both need a transcoder")
-    count(index, layer, feature)
     pair = {source: transcoders[source], layer: transcoders[layer]}
-    return incoming(index, pair, layer, feature).set_index("feature").drop(columns="layer")
+    return incoming(fired, pair).set_index("feature").drop(columns="layer")
 
 
 def agreement(table: pd.DataFrame, by: str, ks: Sequence[int] = KS) -> pd.DataFrame:
@@ -135,11 +133,12 @@ class Weights(Explorer):
     def _show(self) -> str:
         layer, source, by = self.layer.value, self.source.value, self.by.value
         feature = whole_number(self.feature.value, "feature", self.index.n_features(layer))
-        table = rankings(self.index, self.transcoders, layer, feature, source)
+        fired = FeatureActivations(self.index, layer, feature)
+        table = rankings(fired, self.transcoders, source)
         self._shown = (layer, feature)
-        name, fired = f"mlp{layer}[{feature}]", count(self.index, layer, feature)
+        name = f"mlp{layer}[{feature}]"
         self.invariant.value = _ranked(table, "input_invariant", source, f"{name} by weights alone")
-        if not fired:
+        if not fired.count:
             self.weighted.value = self.curve.value = ""
             return f"{name} never fired on the {self.index.n_tokens:,} tokens of this text: only its weights speak."
         self.weighted.value = _ranked(table, by, source, f"{name} by text")
@@ -148,7 +147,8 @@ class Weights(Explorer):
         title = f"{at.overlap:.0%} of the first {at.k:.0f} in common"
         told = ", ".join(f"{row.overlap:.2f} of the first {row.k}" for row in shared.itertuples())
         self.curve.value = picture(overlap_figure(shared, title), f"share in common: {told}", 378)
-        return f"{name} fired on {fired:,} of {self.index.n_tokens:,} tokens; {title} (by chance {at.chance:.1%})."
+        fired_on = f"{name} fired on {fired.count:,} of {self.index.n_tokens:,} tokens"
+        return f"{fired_on}; {title} (by chance {at.chance:.1%})."
 
 
 def _ranked(table: pd.DataFrame, by: str, source: int, caption: str) -> str:
