@@ -41,7 +41,7 @@ def test_digit_by_digit(tmp_path):
     done = run(tmp_path, model="smollm2", transcoders="smollm2", centuries=[16, 17])
     said = "".join(output.get("text", "") for cell in done.cells if cell.cell_type == "code" for output in cell.outputs)
     assert "9 prompts with 10 possible answers" in said
-    assert "this table needs years of two digits" in said and "The laboratory needs years of two digits" in said
+    assert "this table needs years of two digits" in said
     assert "holds here: the probability difference is above 0.8" in said
 
 
@@ -49,7 +49,7 @@ def test_digit_by_digit(tmp_path):
 @pytest.mark.parametrize(
     "parameters, sentence",
     [
-        ({"layer": 7}, "this model has layers 0 to 2"),
+        ({"layer": 7}, "layer 7 is outside the model, which has layers 0 to 2"),
         ({"prompt_file": "absent.txt"}, "there is no prompt file absent.txt"),
         ({"nouns": []}, "at least 1 items"),
         ({"centuries": [170]}, "10 to 20"),
