@@ -1,6 +1,6 @@
 """Features against neurons with other transcoders than the bundled ones: `python -m making.smollm2_controls FOLDER ...`
 
-Each FOLDER holds transcoders of SmolLM2's MLPs 23 and 24. For each of them the KL that is left with 4 and 16 units,
+Each FOLDER holds transcoders of SmolLM2's MLPs 23 and 24, or of one of them. For each of them the KL that is left with 4 and 16 units,
 and with all, on the prompts of notebook 09; written to data/smollm2/controls.json, which that notebook shows.
 """
 
@@ -31,6 +31,8 @@ def main(folders: list[str]) -> None:
         neurons = units.Units.of(last, layer)
         rows.append({"MLP": layer, "units": "neurons", **measured(last, neurons)})
         for name, transcoders in sets.items():
+            if layer not in transcoders:
+                continue
             features = units.Units.of(last, layer, transcoders[layer])
             config = transcoders[layer].config
             row = {"MLP": layer, "units": name, "features": config.d_features, "skip": config.skip}
