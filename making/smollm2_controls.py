@@ -1,7 +1,8 @@
 """Features against neurons with other transcoders than the bundled ones: `python -m making.smollm2_controls FOLDER ...`
 
-Each FOLDER holds transcoders of SmolLM2's MLPs 23 and 24, or of one of them. For each of them the KL that is left with 4 and 16 units,
-and with all, on the prompts of notebook 09; written to data/smollm2/controls.json, which that notebook shows.
+Each FOLDER holds transcoders of SmolLM2's MLPs 23 and 24, or of one of them. For each of them the KL that is left with
+4 and 16 units, and with all, on the prompts of notebook 09; written to data/smollm2/controls.json, which that notebook
+shows.
 """
 
 from __future__ import annotations
