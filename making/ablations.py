@@ -5,8 +5,9 @@
     python -m making.ablations --work WORK --parts PARTS --laptop              # the short run, on two threads
     python -m making.ablations --parts PARTS --out data/ablations.json
 
-Each variant is compared with the recipe *at its own L0*: the recipe is trained at several prices, and its FVU is read
-off that front by interpolation of logarithms. Aids that earned nothing live here, as subclasses, and not in `tclib`.
+Each variant is compared with the recipe *at its own L0*: the recipe is trained with several coefficients, and its FVU
+is read off that front by interpolation of logarithms. Aids that earned nothing live here, as subclasses, and not in
+`tclib`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from tclib.training import distributed
 from tclib.training.stream import ModelSource, Stream
 from tclib.training.trainer import Trainer
 
-PRICES = {0: 0.06, 2: 0.08}  # by layer; such that L0 is about that of the bundled transcoders
-FRONT = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the price
+COEFFICIENTS = {0: 0.06, 2: 0.08}  # by layer; such that L0 is about that of the bundled transcoders
+FRONT = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the coefficient
 STEPS = 240
-LAPTOP = {"steps": 1300, "passes": 6, "price": 1.0}
+LAPTOP = {"steps": 1300, "passes": 6, "factor": 1.0}
 SMALL = {"d_features": 512, "batch_rows": 4, "buffer": 16, "passes": 2, "dead_after": 15_000}
 
 
@@ -45,7 +46,7 @@ class Tangent(Trainer):
 
 
 class Unscaled(Trainer):
-    """Trains on the model's own scales, with the price in the same units."""
+    """Trains on the model's own scales, with the penalty in the same units."""
 
     def measure_scales(self, x, y) -> None:
         super().measure_scales(x, y)
@@ -109,15 +110,15 @@ VARIANTS = {
     "no tie": ("without: encoder starts along the decoder", Trainer, {"tied": False}),
     "no warm-up": ("without: warm-up of the learning rate", Trainer, {"warmup": 0.0}),
     "no decay": ("without: decay of the learning rate", Trainer, {"decay": 0.0}),
-    "no ramp": ("without: slow rise of the price", Trainer, {"sparsity_warmup": 0.0}),
+    "no ramp": ("without: slow rise of the coefficient", Trainer, {"sparsity_warmup": 0.0}),
     "no scaling": ("without: scaled activations", Unscaled, {}),
     "no shuffling": ("without: shuffling buffer", Trainer, {"buffer": 1, "passes": 1}),
     "one pass": ("without: several passes over a buffer", Trainer, {"passes": 1}),
-    "no pull": ("without: dead features pulled up", Trainer, {"dead_bias_lift": 0.0}),
+    "no lift": ("without: dead features lifted", Trainer, {"dead_bias_lift": 0.0}),
     "unit norm": ("with: decoder rows of unit length", Trainer, {"unit_norm": True}),
     "tangent": ("with: tangent gradients, against unit length alone", Tangent, {"unit_norm": True}),
-    "resampling": ("with: resampling in place of the pull", Resampling, {"dead_bias_lift": 0.0}),
-    "ghost": ("with: ghost gradients in place of the pull", Ghost, {"dead_bias_lift": 0.0}),
+    "resampling": ("with: resampling in place of the lift", Resampling, {"dead_bias_lift": 0.0}),
+    "ghost": ("with: ghost gradients in place of the lift", Ghost, {"dead_bias_lift": 0.0}),
     "topk": ("with: TopK in place of ReLU", Trainer, TOPK),
     "topk no aux": ("with: TopK without aux-k, against TopK", Trainer, TOPK | {"aux": 0.0}),
 }
@@ -156,8 +157,8 @@ def main() -> None:
 def part(work: Path, layer: int, seed: int) -> list[dict]:
     """Train all variants on one layer with one seed; L0, FVU, dead features and seconds of each."""
     model = tc.load_model(device="cpu")
-    base = recipe(PRICES[layer], STEPS, **SMALL, seed=seed)
-    variants = {f"recipe x{f}": ("", Trainer, {"l1_coefficient": PRICES[layer] * f}) for f in FRONT} | VARIANTS
+    base = recipe(COEFFICIENTS[layer], STEPS, **SMALL, seed=seed)
+    variants = {f"recipe x{f}": ("", Trainer, {"l1_coefficient": COEFFICIENTS[layer] * f}) for f in FRONT} | VARIANTS
     configs = {name: base.model_copy(update=changes) for name, (_, _, changes) in variants.items()}
     count = STEPS * base.batch_rows
     train_rows = mixed_rows(work, count, model.cfg.n_ctx, model.cfg.bos_token_id, seed)
@@ -226,7 +227,7 @@ def on_a_laptop(work: Path) -> dict:
     torch.set_num_threads(2)
     model = tc.load_model(device="cpu")
     changes = {"passes": LAPTOP["passes"], "bfloat16": False}  # in full precision, steps are sparse
-    configs = {i: recipe(l1 * LAPTOP["price"], LAPTOP["steps"], **changes) for i, l1 in enumerate(L1)}
+    configs = {i: recipe(l1 * LAPTOP["factor"], LAPTOP["steps"], **changes) for i, l1 in enumerate(L1)}
     count = LAPTOP["steps"] * 16 // LAPTOP["passes"] + 256
     tokens = mixed_rows(work, count, model.cfg.n_ctx, model.cfg.bos_token_id, 0)
     start, cpu = time.monotonic(), time.process_time()

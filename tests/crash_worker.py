@@ -1,4 +1,4 @@
-"""Runs trainings in forked children that are really killed, interrupted, or short of disk or memory.
+"""Trains in forked children that are really killed, interrupted, or short of disk or memory.
 
     python -m tests.crash_worker CASE FOLDER [ARCHITECTURE ...]
 

@@ -34,7 +34,7 @@ def data(dtype=torch.float64, seed=0, tokens=TOKENS):
     return x.to(dtype), (torch.relu(x @ reads - 8) @ writes).to(dtype)
 
 
-def twins(kind, dtype=torch.float64, **changes):
+def plain_and_sparse(kind, dtype=torch.float64, **changes):
     """The plain and the sparse trainer with equal, slightly random weights."""
     c = config(kind, **changes)
     pair = [cls(0, *data(dtype), c) for cls in (Trainer, SparseTrainer)]
@@ -56,7 +56,7 @@ def twins(kind, dtype=torch.float64, **changes):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["64", "32"])
 def test_gradients_are_those_of_the_dense_step(kind, skip, way, dtype, bound, monkeypatch):
     monkeypatch.setattr(active_pairs, "bfloat16_hardware", lambda: True)
-    plain, fast = twins(kind, dtype, skip=skip, screen_below=WAYS[way])
+    plain, fast = plain_and_sparse(kind, dtype, skip=skip, screen_below=WAYS[way])
     x, y = plain.scaled(*data(dtype, seed=1))
     for dead in (False, True):
         for s in (plain, fast):
@@ -184,7 +184,7 @@ def test_either_step_goes_on_where_the_other_stopped():
 
 def test_a_batch_without_any_active_feature():
     for kind in SPARSE_KINDS:
-        _, s = twins(kind, screen_below=1.0)
+        _, s = plain_and_sparse(kind, screen_below=1.0)
         with torch.no_grad():
             s.transcoder.b_enc -= 100
         (loss, squared, count), pairs = s.gradients(*s.scaled(*data()))
@@ -261,7 +261,7 @@ def test_equal_values_are_kept_in_the_order_of_features_whatever_else_is_there()
 
 
 def test_without_the_hardware_the_product_is_exact(monkeypatch):
-    plain, fast = twins("relu", torch.float32, screen_below=1.0)
+    plain, fast = plain_and_sparse("relu", torch.float32, screen_below=1.0)
     fast.find.screen = None  # would fail if it were used
     monkeypatch.setattr(active_pairs, "bfloat16_hardware", lambda: False)
     x, y = plain.scaled(*data(torch.float32))

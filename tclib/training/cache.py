@@ -1,4 +1,4 @@
-"""Activations on disk, memory-mapped, for sweeps: the model runs once, the trainings as often as one likes."""
+"""Activations on disk, memory-mapped, for sweeps: the model runs once, training as often as one likes."""
 
 from __future__ import annotations
 

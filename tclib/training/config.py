@@ -19,7 +19,7 @@ from pydantic import (
 from tclib.transcoder import Activation
 
 Kind = Literal["transcoder", "sae_in", "sae_out", "cross_layer"]
-STREAM = ("steps", "batch_rows", "buffer", "passes", "seed")  # what side-by-side trainings share
+STREAM = ("steps", "batch_rows", "buffer", "passes", "seed")  # what training runs side by side share
 
 OLDER = {  # names in older files
     "l1": "l1_coefficient",

@@ -88,7 +88,7 @@ def train_side_by_side(
     watch: Watch | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> tuple[dict[str, dict[int, Transcoder]], pd.DataFrame]:
-    """Several trainings on one stream, for comparisons: each sees the same text in the same order.
+    """Several training runs on one stream, for comparisons: each sees the same text in the same order.
 
     Returns:
         The transcoders by name and layer, and the table of `train` with the name in front.
@@ -184,7 +184,7 @@ def _step(learner: Learner, batch: Acts, step: int, folder: RunFolder | None) ->
 def _shared(settings: Collection[TrainConfig]) -> TrainConfig:
     """One configuration of those that read the same stream."""
     if len({tuple(getattr(c, field) for field in STREAM) for c in settings}) != 1:
-        raise ValueError("trainings side by side must agree in " + ", ".join(STREAM[:-1]) + f" and {STREAM[-1]}")
+        raise ValueError("training runs side by side must agree in " + ", ".join(STREAM[:-1]) + f" and {STREAM[-1]}")
     return next(iter(settings))
 
 

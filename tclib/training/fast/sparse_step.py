@@ -112,20 +112,20 @@ class SparseTrainer(Trainer):
         if c.activation.endswith("topk") and c.aux and self.dead().any():
             pairs, z, x, r, missed = self._with_dead(pairs, x, r, error)
             loss += missed
-        pull = pairs.dots(W_dec, r)  # dL/dz
+        dz = pairs.dots(W_dec, r)  # dL/dz
         if t.threshold is not None and c.activation == "jumprelu":
             window = (pre - threshold).abs() < c.bandwidth / 2
-            through = (threshold * pull + share * ramp * c.l0_coefficient) * window / -c.bandwidth
+            through = (threshold * dz + share * ramp * c.l0_coefficient) * window / -c.bandwidth
             _grad(t.threshold).zero_().index_add_(0, pairs.feature, through)
             loss += ramp * c.l0_coefficient * count
         if c.activation == "relu":
             cost = ramp * c.l1_coefficient * (torch.ones_like(t.b_enc) if c.unit_norm else lengths(t))
             loss += (cost[pairs.feature] * z).sum()
-            pull += share * cost[pairs.feature]
-        pull *= z > 0
+            dz += share * cost[pairs.feature]
+        dz *= z > 0
         pairs.feature_sums(z, r, _grad(t.W_dec).flatten(1))
-        pairs.feature_sums(pull, x, _grad(t.W_enc).T)
-        _grad(t.b_enc).zero_().index_add_(0, pairs.feature, pull)
+        pairs.feature_sums(dz, x, _grad(t.W_enc).T)
+        _grad(t.b_enc).zero_().index_add_(0, pairs.feature, dz)
         if c.activation == "relu" and not c.unit_norm:  # the cost grows with the length of the row
             paid = torch.zeros_like(t.b_enc).index_add_(0, pairs.feature, z) * cost
             _grad(t.W_dec).flatten(1).addcmul_(W_dec, (share * paid / W_dec.pow(2).sum(1))[:, None])
