@@ -81,7 +81,7 @@ def made_by_mlp0(trace: Trace) -> Float[Tensor, "vocab d_model"]:
     """What MLP0's transcoder makes of each token's embedding alone, ``TC0(LN(W_E))``.
 
     Raises:
-        ValueError: layer 0 has no transcoder.
+        ValueError: layer 0 has no transcoder, or it writes through a norm.
     """
     first, norm = trace.transcoders[trace.layer(0, with_transcoder=True)], trace.norm("mlp_in", 0)
     written = embeddings(trace.model)

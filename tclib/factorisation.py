@@ -25,6 +25,9 @@ def by_features(trace: Trace, layer: int, position: int, direction: Float[Tensor
     Returns:
         ``unit`` (feature index or a name), ``input_dependent``, ``input_invariant`` and their product
         ``contribution``; the rows that are no features have a contribution alone.
+
+    Raises:
+        ValueError: no transcoder or a cross-layer one, or no such position.
     """
     here = torch.tensor([trace.position(position)], device=direction.device)
     if trace.transcoders[trace.layer(layer, with_transcoder=True)].config.n_writes is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -62,7 +62,7 @@ def separate_documents(tokenizer: Any, size: int) -> str | None:
     return f"{found[0]} stands in front of every text, as between documents in pretraining: {why}."
 
 
-def words(model: TransformerBridge, tokens: Int[Tensor, "*any"]) -> Tensor:
+def words(model: TransformerBridge, tokens: Int[Tensor, "*any"]) -> Bool[Tensor, "*any"]:
     """Which tokens are words: all but BOS, which is the same vector in every row."""
     bos = bos_id(model)
     return torch.ones_like(tokens, dtype=torch.bool) if bos is None else tokens != bos

@@ -2,6 +2,8 @@
 
 Each function returns hooks ``(name, function)`` that `run` (or TransformerLens' ``model.hooks``) puts in place for
 one forward pass and always takes away again. Lists add up with ``+``; what is frozen comes before what is edited.
+A dictionary of another place, and a layer, head, feature or position that is not there, raise ValueError, at the latest
+when the hooks run.
 """
 
 from __future__ import annotations
@@ -93,7 +95,11 @@ def freeze(values: Mapping[str, Tensor], what: Sequence[Frozen], layers: Collect
 
 
 def replace_mlp(layer: int, transcoder: Transcoder) -> list[Hook]:
-    """The MLP's output becomes TC(x) (paper, section 3.2), or SAE(MLP(x)) if the dictionary reads the output."""
+    """The MLP's output becomes TC(x) (paper, section 3.2), or SAE(MLP(x)) if the dictionary reads the output.
+
+    Raises:
+        ValueError: a dictionary of another layer, an SAE of the input, or a cross-layer transcoder.
+    """
     reads, writes = (our_name(hook) for hook in (transcoder.config.hook_in, transcoder.config.hook_out))
     if reads == writes == hook_out(layer):
         return [(hook_out(layer), lambda y, hook: transcoder(y))]
@@ -102,7 +108,7 @@ def replace_mlp(layer: int, transcoder: Transcoder) -> list[Hook]:
     _check_layer(layer, transcoder, "so it cannot replace the MLP")
     if transcoder.config.n_writes is not None:
         raise ValueError("the layers of a cross-layer transcoder replace MLPs together: use replace_mlps")
-    return _through(layer, transcoder, lambda x, y: transcoder(x))
+    return _through(transcoder, lambda x, y: transcoder(x))
 
 
 def replace_mlps(
@@ -152,7 +158,9 @@ def reencode_input(layer: int, sae: Transcoder) -> list[Hook]:
     return [(sae.config.hook_in, edit)]
 
 
-def ablate_mlp(layer: int, value: Tensor | float = 0.0, positions: Positions = EVERYWHERE) -> list[Hook]:
+def ablate_mlp(
+    layer: int, value: Float[Tensor, "*row d_model"] | float = 0.0, positions: Positions = EVERYWHERE
+) -> list[Hook]:
     """The MLP's output at ``positions`` becomes ``value``: 0, a mean ``[d_model]`` or one vector per row."""
 
     def edit(y: Float[Tensor, "row pos d_model"], hook) -> Tensor:
@@ -163,7 +171,9 @@ def ablate_mlp(layer: int, value: Tensor | float = 0.0, positions: Positions = E
     return [(hook_out(layer), edit)]
 
 
-def ablate_head(layer: int, head: int, value: Tensor | float = 0.0, positions: Positions = EVERYWHERE) -> list[Hook]:
+def ablate_head(
+    layer: int, head: int, value: Float[Tensor, "*row d_head"] | float = 0.0, positions: Positions = EVERYWHERE
+) -> list[Hook]:
     """What head ``head`` mixes (``hook_z``, before W_O) at ``positions`` becomes ``value``."""
 
     def edit(z: Float[Tensor, "row pos head d_head"], hook) -> Tensor:
@@ -197,14 +207,14 @@ def keep_features(
         y[:, at] = transcoder.decode(torch.where(kept.to(z.device), z, frozen), x[:, at])
         return y
 
-    return _through(layer, transcoder, edit)
+    return _through(transcoder, edit)
 
 
 def set_features(
     layer: int,
     transcoder: Transcoder,
     features: Sequence[int] | Int[Tensor, " changed"],
-    value: Tensor | float = 0.0,
+    value: Float[Tensor, "*place d_features"] | float = 0.0,
     positions: Positions = EVERYWHERE,
 ) -> list[Hook]:
     """Features take ``value`` (0 removes them); the rest of the MLP, its transcoder's error included, stays.
@@ -244,7 +254,7 @@ def _keep(value: Tensor) -> Callable:
     return lambda now, hook: value.expand_as(now)
 
 
-def _through(layer: int, transcoder: Transcoder, function: Callable[[Tensor, Tensor], Tensor]) -> list[Hook]:
+def _through(transcoder: Transcoder, function: Callable[[Tensor, Tensor], Tensor]) -> list[Hook]:
     """Two hooks: one remembers what the transcoder reads, the other puts function(that, output) in place of the
     MLP's output."""
     seen: dict[str, Tensor] = {}

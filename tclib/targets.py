@@ -68,6 +68,9 @@ def feature(trace: Trace, layer: int, index: int, position: int = -1) -> Target:
 def logit(trace: Trace, token: str | int, position: int = -1) -> Target:
     """The logit of a token. Where the unembedding is centred, as in a processed model, this is the logit minus the
     mean logit; where the model caps its logits, it is the logit before that. The target's name says so.
+
+    Raises:
+        ValueError: no single token, or no such position.
     """
     index = to_token(trace.model, token) if isinstance(token, str) else token
     index = whole("token", index, trace.model.cfg.d_vocab, "the vocabulary")
@@ -79,14 +82,22 @@ def logit(trace: Trace, token: str | int, position: int = -1) -> Target:
 
 
 def logit_difference(trace: Trace, token: str | int, other: str | int, position: int = -1) -> Target:
-    """The logit of ``token`` minus that of ``other``; what both share, the mean logit too, cancels."""
+    """The logit of ``token`` minus that of ``other``; what both share, the mean logit too, cancels.
+
+    Raises:
+        ValueError: no single token, or no such position.
+    """
     a, b = logit(trace, token, position), logit(trace, other, position)
     name = f"logit {token!r} - {other!r}{before_cap(trace)}"
     return _final(trace, name, position, a.reader - b.reader, a.bias - b.bias)
 
 
 def direction(trace: Trace, reader: Float[Tensor, " d_model"], place: Place, layer: int, position: int = -1) -> Target:
-    """Any vector that reads the output of any LayerNorm (at "mlp_in" before its gain, as transcoders do)."""
+    """Any vector that reads the output of any LayerNorm (at "mlp_in" before its gain, as transcoders do).
+
+    Raises:
+        ValueError: a vector of another width, or no such place, layer or position.
+    """
     if reader.shape != (trace.model.cfg.d_model,):
         raise ValueError(f"the direction has shape {tuple(reader.shape)}, not ({trace.model.cfg.d_model},)")
     if place == "final":
@@ -101,6 +112,9 @@ def head_source(trace: Trace, target: Target, layer: int, head: int, source: int
 
     Paper, section 4.1: with the pattern A frozen, the reader at the source is ``A[t, s] W_V W_O reader``.
     Its value is the head's row in the target's table (without the head's value bias).
+
+    Raises:
+        ValueError: a head that does not come before the target.
     """
     layer, head, source = trace.layer(layer), trace.head(head), trace.position(source)
     if layer not in trace.attention_before(target.place, target.layer):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -28,7 +28,7 @@ class LabelledText:
     """Rows of tokens with the label that produced each token (``"bos"`` for BOS)."""
 
     tokens: Int[Tensor, "row pos"]
-    labels: np.ndarray  # [row, pos] of str
+    labels: Shaped[np.ndarray, "row pos"]  # of str
 
 
 def load_text(
@@ -52,7 +52,7 @@ def load_text(
     if source == "chronicle":
         return chronicle(model, rows, seed, width=width).tokens
     if source == "sampled":
-        return _sampled(model, rows, seed)[:, :width]
+        return _sampled(model, rows, seed)[:, : _width(model, width)]
     path = Path(source)
     if path.exists():
         files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path]

@@ -62,17 +62,16 @@ class TranscoderConfig(BaseModel):
 class Transcoder(nn.Module):
     """Encoder, decoder and optional affine skip of one layer.
 
-    ``W_enc [d_in, d_features]``, ``b_enc [d_features]``, ``W_dec [d_features, d_out]``, ``b_dec [d_out]``,
-    and where the kind has them ``W_skip [d_in, d_out]`` and ``threshold [d_features]`` (jumprelu; batchtopk uses one
-    value for all, fixed after training). ``W_dec [d_features, n_writes, d_out]`` in a cross-layer transcoder.
+    Some kinds alone have ``W_skip`` and ``threshold`` (jumprelu; batchtopk uses one value for all, fixed after
+    training). ``W_dec`` is ``[d_features, n_writes, d_out]`` in a cross-layer transcoder.
     """
 
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-    W_skip: Tensor | None
-    threshold: Tensor | None
+    W_enc: Float[Tensor, "d_in d_features"]
+    b_enc: Float[Tensor, " d_features"]
+    W_dec: Float[Tensor, "d_features *n_writes d_out"]
+    b_dec: Float[Tensor, " d_out"]
+    W_skip: Float[Tensor, "d_in d_out"] | None
+    threshold: Float[Tensor, " d_features"] | None
 
     def __init__(self, config: TranscoderConfig):
         super().__init__()
@@ -100,13 +99,21 @@ class Transcoder(nn.Module):
         return self.W_dec if self.config.n_writes is None else self.W_dec[:, :within].sum(1)
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_features"]:
-        """``x W_enc + b_enc``."""
+        """``x W_enc + b_enc``.
+
+        Raises:
+            ValueError: an input of another width.
+        """
         if x.shape[-1] != self.config.d_in:
             raise ValueError(f"the input has width {x.shape[-1]}, but this transcoder reads {self.config.d_in}")
         return onednn_matmul.product(x, self.W_enc) + self.b_enc
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_features"]:
-        """Feature activations z, all >= 0 (equation 1; TopK: Gao et al. 2024; JumpReLU: Rajamanoharan et al. 2024)."""
+        """Feature activations z, all >= 0 (equation 1; TopK: Gao et al. 2024; JumpReLU: Rajamanoharan et al. 2024).
+
+        Raises:
+            ValueError: an input of another width or precision.
+        """
         if x.dtype != self.W_enc.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 f"the input is in {x.dtype}, but this transcoder is in {self.W_enc.dtype}: convert one, for example by "

@@ -1,7 +1,8 @@
-"""Transcoders' checkpoints in six formats, read and written without running anything that is in them.
+"""Transcoders' checkpoints in seven formats, read and written without running anything that is in them.
 
-The functions below are all that others need; `detect` knows the formats by their files' names, `readers` has one
-function for each, `lazy` leaves large layers in their files, `save` writes and `fit` checks that they suit a model.
+The functions below are all that others need; `detect` knows the formats by their files' names, `readers` and
+`clt_reader` have one function for each, `lazy` leaves large layers in their files, `save` writes and `fit` checks that
+they suit a model.
 """
 
 from tclib.checkpoints.fit import check_fit

@@ -65,7 +65,7 @@ def by_layer(graph: Graph) -> pd.DataFrame:
     kinds = graph.nodes["kind"].replace(dict.fromkeys(INPUTS, "tokens") | dict.fromkeys(UNEXPLAINED, "errors"))
     layers = graph.nodes["layer"].astype(str)
     group = kinds.mask(kinds == "feature", "features " + layers).to_numpy()
-    sizes = pd.DataFrame(graph.adjacency.abs().numpy()).groupby(group).sum().T.groupby(group).sum().T
+    sizes = pd.DataFrame(graph.adjacency.abs().cpu().numpy()).groupby(group).sum().T.groupby(group).sum().T
     features = sorted(name for name in sizes if name.startswith("features"))
     sizes = sizes.loc[[*features, "target"], ["tokens", *features, "errors"]]
     return sizes.div(sizes.sum(1), axis=0)

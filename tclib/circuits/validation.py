@@ -74,7 +74,11 @@ def compare(
 def predict(
     trace: Trace, edits: pd.DataFrame, targets: Sequence[Target], direct: bool = False
 ) -> Float[Tensor, "edit target"]:
-    """The linear change from weights: along all attention paths (paper, section 4.1), or the direct one alone."""
+    """The linear change from weights: along all attention paths (paper, section 4.1), or the direct one alone.
+
+    Raises:
+        ValueError: edits that the trace does not have, or of a silent feature.
+    """
     edits = _checked(trace, edits)
     old = _old(trace, edits)
     if (old == 0).any():
@@ -119,7 +123,11 @@ def measure(
     frozen: Sequence[interventions.Frozen] = (),
     layers: Collection[int] | None = None,
 ) -> Float[Tensor, "edit target"]:
-    """How much each target changes in the model; the model is as it was afterwards, also after an error."""
+    """How much each target changes in the model; the model is as it was afterwards, also after an error.
+
+    Raises:
+        ValueError: edits that the trace does not have.
+    """
     edits = _checked(trace, edits)
     old = _old(trace, edits)
     change = _new(edits, old) - old

@@ -22,6 +22,9 @@ def top_neurons(model: TransformerBridge, layer: int, k: int, mean: Float[Tensor
     """At each token the k neurons that write most beyond their mean are free, the others held at it: L0 = k.
 
     The strength of neuron i is ``|a_i - mean_i| * ||W_out[i]||``.
+
+    Raises:
+        ValueError: no such layer, or more neurons than it has.
     """
     check_layers(model, [layer])
     length = model.W_out[layer].norm(dim=1)
@@ -49,7 +52,7 @@ def random_directions(
     ``W_dec = (Z'Z + rho I)^-1 Z'Y`` with Z, Y centred and rho = ``ridge`` times the mean diagonal.
     """
     generator = torch.Generator().manual_seed(seed)
-    W_enc = torch.randn(x.shape[1], d_features, generator=generator)
+    W_enc = torch.randn(x.shape[1], d_features, generator=generator).to(x)
     W_enc /= W_enc.norm(dim=0)
     pre = (x - x.mean(0)) @ W_enc
     sample = pre.flatten()[:: 1 + pre.numel() // 1_000_000]
@@ -57,9 +60,8 @@ def random_directions(
     z = torch.relu(pre - threshold)
     z_mean, y_mean = z.mean(0), y.mean(0)
     gram = (z - z_mean).T @ (z - z_mean)
-    W_dec = torch.linalg.solve(
-        gram + ridge * gram.diagonal().mean() * torch.eye(d_features), (z - z_mean).T @ (y - y_mean)
-    )
+    gram += ridge * gram.diagonal().mean() * torch.eye(d_features).to(gram)
+    W_dec = torch.linalg.solve(gram, (z - z_mean).T @ (y - y_mean))
     config = TranscoderConfig(
         d_in=x.shape[1], d_out=y.shape[1], d_features=d_features, hook_in=hook_in(layer), hook_out=hook_out(layer)
     )

@@ -51,6 +51,9 @@ def truth(text: LabelledText, least: int = 20, bos: bool = False) -> pd.DataFram
     too: ``"any year"`` holds at ``"span.end.year"`` and ``"life.end.year"``. Labels with fewer than ``least`` tokens,
     and the ``"plain"`` of text that no label explains, are left out.
 
+    Args:
+        bos: keep BOS as rows of the table.
+
     Returns:
         A boolean table, one row per token in reading order, one column per label.
     """

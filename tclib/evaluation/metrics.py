@@ -74,7 +74,7 @@ def measure(
 
     Raises:
         ValueError: no text, no transcoder for a layer of a group, a layer that the model does not have, weights that
-            are not finite or on another device than the model.
+            are not finite or on another device than the model, or transcoders of other hooks, widths or precision.
     """
     tokens = check(model, transcoders, tokens)
     groups = cumulative(transcoders) if groups is None else groups

@@ -63,7 +63,8 @@ def over_seeds(table: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFr
     groups = table.groupby(list(by), sort=False)[column]
     result = groups.agg(value="mean", spread="std", seeds="count").reset_index()
     if not result["seeds"].isin(T_975).all():
-        raise ValueError(f"an interval over seeds needs 2 to 10 of them, but there are {result['seeds'].min()}")
+        found = result.loc[~result["seeds"].isin(T_975), "seeds"].iloc[0]
+        raise ValueError(f"an interval over seeds needs 2 to 10 of them, but there are {found}")
     half = result["seeds"].map(T_975) * result.pop("spread") / np.sqrt(result["seeds"])
     result.insert(len(by) + 1, "low", result["value"] - half)
     result.insert(len(by) + 2, "high", result["value"] + half)
@@ -85,6 +86,7 @@ class Sums:
         self.place: dict[str, Tensor] = defaultdict(lambda: torch.zeros(1, dtype=torch.float64))
 
     def add(self, weights: Float[Tensor, "replicate row"], keep: Bool[Tensor, "row pos"], **values: Tensor) -> None:
+        """Add values ``[row, pos, ...]`` at the tokens that are kept, with the weight of their row."""
         keep = keep.float()
         for name, value in {"n": keep, **values}.items():
             masked = value * keep.view(*keep.shape, *[1] * (value.ndim - 2))
@@ -93,9 +95,11 @@ class Sums:
                 self.place[name] = self.place[name] + masked.sum(0).cpu().double()
 
     def mean(self, name: str) -> Float[np.ndarray, " replicate"]:
+        """Per token, over all positions."""
         return (self.total[name] / self.total["n"]).numpy()
 
     def mean_at(self, name: str) -> Float[np.ndarray, " pos"]:
+        """Per token, at each position."""
         return (self.place[name] / self.place["n"]).numpy()
 
 
@@ -118,6 +122,9 @@ def bootstrap(
     """Means over cells of ``draws`` resamples: nouns with replacement, and independently centuries with replacement.
 
     A factor with one level has no spread of its own, so the interval is only as wide as the other factor makes it.
+
+    Raises:
+        ValueError: a cell without a value.
     """
     cells = np.asarray(cells, dtype=float)
     if cells.ndim < 2 or not cells.size or np.isnan(cells).any():

@@ -44,7 +44,8 @@ class ActiveFinder:
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "token d_in"]) -> Pairs:
-        """
+        """The active pairs of a batch of inputs.
+
         Raises:
             ValueError: an activation that float16 cannot hold.
         """

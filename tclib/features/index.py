@@ -111,15 +111,17 @@ class Index:
 
     @cached_property
     def n_tokens(self) -> int:
+        """How many tokens are counted."""
         return int(self.kept.sum())
 
     @cached_property
     def rank(self) -> Int[np.ndarray, " row*pos"]:
-        """Of a position that is counted: the how-manieth of them it is."""
+        """Of each counted position, its number among the counted ones, from 0; no use elsewhere."""
         return self.kept.cumsum() - 1
 
     @cached_property
     def flat_tokens(self) -> Int32[np.ndarray, " row*pos"]:
+        """All rows, one behind the other."""
         return self.tokens.ravel()
 
     @cached_property
@@ -128,6 +130,7 @@ class Index:
         return np.bincount(self.flat_tokens)
 
     def n_features(self, layer: int) -> int:
+        """How many features the transcoder of a layer has."""
         return len(self.layer_offsets(layer)) - 1
 
     def feature(self, layer: int, feature: int) -> int:
@@ -272,9 +275,11 @@ class ArrayFile:
         self.dtype = dtype
 
     def write(self, piece: Float[np.ndarray, " n"] | Int[np.ndarray, " n"]) -> None:
+        """The next piece."""
         self.file.write(np.ascontiguousarray(piece, self.dtype).data)
 
     def close(self) -> None:
+        """No piece is left."""
         self.file.close()
 
 

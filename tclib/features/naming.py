@@ -17,7 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import mlp_activations
+from tclib.activations import hook_in, mlp_activations, our_name
+from tclib.evaluation.metrics import check
+from tclib.inputs import words
 from tclib.model import token_string
 from tclib.transcoder import Transcoder
 
@@ -75,7 +77,7 @@ class Names:
         """The tokens whose logits the feature raises most by its direct path, such as ``39–52``."""
         effect = (self.transcoders[layer].written()[feature].float() @ self.model.W_U.float()).detach()
         top = effect.topk(PROMOTED)
-        strings, weights = self._read(top.indices.tolist()), top.values.clamp(min=0).numpy() + 1e-9
+        strings, weights = self._read(top.indices.tolist()), top.values.clamp(min=0).cpu().numpy() + 1e-9
         return _numbers(strings, weights) or ", ".join(s.strip() or repr(s) for s in strings[:3])
 
     def examples(self, layer: int, feature: int, k: int = 4) -> list[tuple[list[str], int]]:
@@ -111,11 +113,15 @@ def strongest(
 ) -> dict[int, tuple[Float[Tensor, "feature k"], Int[Tensor, "feature k"]]]:
     """By layer: each feature's k largest activations, BOS left out, and where they stand (row * width + position)."""
     best: dict[int, tuple[Tensor, Tensor]] = {}
-    begin, bos = 0, model.tokenizer.bos_token_id
+    tokens = check(model, transcoders, tokens)
+    for layer, transcoder in transcoders.items():
+        if our_name(transcoder.config.hook_in) != hook_in(layer):
+            raise ValueError(f"{transcoder.config.hook_in} is not the input of MLP {layer}: only transcoders are named")
+    begin = 0
     for batch in mlp_activations(model, tokens, list(transcoders), batch_size=16):
         for layer, transcoder in transcoders.items():
             rows = torch.arange(len(batch[layer].x)) + begin
-            places = (tokens[rows] != bos).flatten().nonzero().squeeze(1)  # BOS says nothing about text
+            places = words(model, tokens[rows]).flatten().nonzero().squeeze(1)
             z = transcoder.encode(batch[layer].x.flatten(0, 1)[places]).float().cpu()  # [place, feature]
             values, at = z.T.topk(min(k, len(places)))
             places = places + begin * tokens.shape[1]

@@ -1,6 +1,7 @@
-"""Features that fit a wish: by token, label, frequency, similarity or company. Pure functions that return tables.
+"""Features that fit a wish: by label, positions, similarity or company. Pure functions that return tables.
 
-All but `by_similarity` look through every activation of a layer once: milliseconds per million.
+All but `by_similarity` and `labels_of` look through every activation of a layer, `best_labels` once for each label:
+milliseconds per million.
 """
 
 from __future__ import annotations

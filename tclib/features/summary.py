@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jaxtyping import UInt16
+from jaxtyping import Int32, UInt16
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.features import search
@@ -35,7 +35,7 @@ class Summary:
     about: dict
     features: pd.DataFrame
     examples: pd.DataFrame
-    tokens: UInt16[np.ndarray, "row pos"]
+    tokens: UInt16[np.ndarray, "row pos"] | Int32[np.ndarray, "row pos"]  # the latter for large vocabularies
 
 
 def summarise(index: Index, truth: pd.DataFrame | None = None, seed: int = 0) -> Summary:
@@ -59,7 +59,8 @@ def summarise(index: Index, truth: pd.DataFrame | None = None, seed: int = 0) ->
     about = {**index.about, "tokens": index.n_tokens}
     found = pd.concat(examples, ignore_index=True)[kept] if examples else pd.DataFrame(columns=kept)
     table = pd.concat(features, ignore_index=True)[order].astype({"token": int})
-    return Summary(about, table, found, index.tokens.astype(np.uint16))
+    tokens = index.tokens.astype(np.uint16) if index.tokens.max() < 2**16 else index.tokens
+    return Summary(about, table, found, tokens)
 
 
 def save_summary(summary: Summary, path: str | Path) -> None:

@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib import text
 from tclib.activations import check_layers, hook_in, hook_out
 from tclib.evaluation import baselines, ground_truth
+from tclib.inputs import words
 from tclib.tasks import greater_than as gt
 
 NOUNS = ["war", "siege", "reign", "voyage"]
@@ -130,7 +131,7 @@ class Bench:
         """The cross-entropy of held-out text with hooks, in nats."""
         rows = self.held_rows if rows is None else rows
         log_p = self.model.run_with_hooks(rows, fwd_hooks=hooks)[:, :-1].log_softmax(-1)
-        said = rows[:, 1:] != self.model.tokenizer.bos_token_id
+        said = words(self.model, rows[:, 1:])
         return -log_p.gather(-1, rows[:, 1:, None])[said].mean().item()
 
     def agreement(self, d: Dictionary, every: int = 1) -> pd.Series:
@@ -186,7 +187,7 @@ class Bench:
     def _read(self, tokens: Int[Tensor, "row pos"]) -> dict[str, Float[Tensor, "token width"]]:
         deepest = max(self.key, _layer(self.ATTN))
         _, cache = self.model.run_with_cache(tokens, names_filter=self.places, stop_at_layer=deepest + 1)
-        keep = tokens != self.model.tokenizer.bos_token_id
+        keep = words(self.model, tokens)
         return {name: cache[name][keep].flatten(1) for name in self.places}
 
 

@@ -89,16 +89,6 @@ def year_tokens(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " 100"]:
     return torch.tensor(ids)[:, 0]
 
 
-def check_years(tokenizer: PreTrainedTokenizerBase, century: int) -> list[int]:
-    """The YY of a century that the tokenizer does not write as one token for the century and one for YY.
-
-    GPT-2's tokenizer: 214 of the years 1000 to 1999, the whole 1900s among them.
-    """
-    year_ids = year_tokens(tokenizer).tolist()
-    encoded = tokenizer([f" {century}{year:02d}" for year in range(100)], add_special_tokens=False)["input_ids"]
-    return [year for year, ids in enumerate(encoded) if ids[1:] != [year_ids[year]]]
-
-
 def prompts(
     tokenizer: PreTrainedTokenizerBase,
     nouns: Sequence[str],

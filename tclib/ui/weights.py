@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 import pandas as pd
-from jaxtyping import Int
 from matplotlib.figure import Figure
-from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.connections import overlap
-from tclib.features.build import build_index
 from tclib.features.connect import incoming, strongest
 from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index
@@ -69,8 +63,6 @@ def overlap_figure(table: pd.DataFrame, title: str) -> Figure:
 class Weights(Explorer):
     """A feature by layer and number, a source layer, and one of the two weightings by text."""
 
-    folder: tempfile.TemporaryDirectory  # of an index of its own
-
     def __init__(
         self,
         transcoders: Mapping[int, Transcoder],
@@ -97,21 +89,6 @@ class Weights(Explorer):
         self.watch(self._show, self.source, self.by)
         self.follow(lambda: self._shown, self._follow)
         self.start(self._show)
-
-    @classmethod
-    def of_text(
-        cls,
-        model: TransformerBridge,
-        transcoders: Mapping[int, Transcoder],
-        tokens: Int[Tensor, "row pos"],
-        layer: int,
-        feature: int,
-    ) -> Weights:
-        """With an index of a text of its own, which is gone with the explorer. Dozens of rows take a second or two."""
-        folder = tempfile.TemporaryDirectory()
-        shell = cls(transcoders, build_index(model, transcoders, tokens, Path(folder.name) / "index"), layer, feature)
-        shell.folder = folder
-        return shell
 
     def _other_layer(self) -> str:
         self.source.options = [layer for layer in sorted(self.transcoders) if layer < self.layer.value]
