@@ -119,7 +119,7 @@ def model_card(
         share=settings["real_fraction"],
         verdicts="\n".join(f"* {line}" for line in verdicts(metrics)),
         numbers=table(numbers, "nouns"),
-        drops=table(pd.DataFrame(metrics["mlp_drops"][apart]).set_index("layer").round(3), "layer"),
+        drops=table(pd.DataFrame(metrics["mlp_drops"][apart]).set_index("layer").round(3) + 0.0, "layer"),
         bits=table(pd.Series(metrics["bits_per_char_by_work"], name="bits per character").round(3).to_frame(), "work"),
         held_out=works(held_out),
         trained_on=works(trained_on),

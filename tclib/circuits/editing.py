@@ -204,9 +204,10 @@ def predict(trace: Trace, graph: Graph, edits: Mapping[int, float], frozen: str)
     for row, new in edits.items():
         change[row] = new - old[row]
         moved[row] = change[row] / old[row]
-    for layer, rows in nodes[nodes["kind"] == "feature"].groupby("layer").groups.items():
-        rows = torch.tensor([row for row in rows if row not in edits], dtype=torch.long, device=old.device)
-        pre, threshold = value[rows] + effects[rows] @ moved, trace.transcoders[layer].threshold
+    for layer, transcoder in sorted(trace.transcoders.items()):
+        here = ((nodes["kind"] == "feature") & (nodes["layer"] == layer)).to_numpy().nonzero()[0].tolist()
+        rows = torch.tensor([row for row in here if row not in edits], dtype=torch.long, device=old.device)
+        pre, threshold = value[rows] + effects[rows] @ moved, transcoder.threshold
         least = 0 if threshold is None else threshold[nodes["feature"].iloc[rows.tolist()].tolist()]
         change[rows] = pre * (pre > least) * (pre > 0) - old[rows]
         if "mlps" not in FROZEN[frozen]:

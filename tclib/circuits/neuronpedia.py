@@ -187,35 +187,37 @@ def _nodes(
     table = graph.nodes
     taken = {f"{n.layer}_{n.feature}_{n.position}" for n in table[table["kind"] == "feature"].itertuples()}
     targets = 0
-    for row, node in enumerate(table.itertuples()):
-        if node.kind not in _KINDS:
+    for row, node in enumerate(table.to_dict("records")):
+        if node["kind"] not in _KINDS:
             continue
-        at = int(node.position)
-        common = {"ctx_idx": at, "feature_type": _KINDS[node.kind], "influence": rank[row]}
-        if node.kind == "feature":
-            layer, index = int(node.layer), int(node.feature)
+        at = int(node["position"])
+        common = {"ctx_idx": at, "feature_type": _KINDS[node["kind"]], "influence": rank[row]}
+        if node["kind"] == "feature":
+            layer, index = int(node["layer"]), int(node["feature"])
             paired = (layer + index) * (layer + index + 1) // 2 + index  # Cantor's pairing
             new = _Node(
                 node_id=f"{layer}_{index}_{at}", feature=paired, layer=str(layer), jsNodeId=f"{layer}_{index}-0",
-                activation=node.activation, clerp=names(layer, index) if names else "", **common,
+                activation=node["activation"], clerp=names(layer, index) if names else "", **common,
             )  # fmt: skip
-        elif node.kind in ("error", "mlp"):
-            name = f"0_{node.layer}_{at}"
+        elif node["kind"] in ("error", "mlp"):
+            name = f"0_{node['layer']}_{at}"
             # That is also the id of layer 0's feature number ``layer``.
-            name = f"error_{node.layer}_{at}" if name in taken else name
-            new = _Node(node_id=name, feature=-1, layer=str(node.layer), jsNodeId=f"{node.layer}_{at}-0", **common)
-        elif node.kind in ("embedding", "position"):
+            name = f"error_{node['layer']}_{at}" if name in taken else name
+            new = _Node(
+                node_id=name, feature=-1, layer=str(node["layer"]), jsNodeId=f"{node['layer']}_{at}-0", **common
+            )
+        elif node["kind"] in ("embedding", "position"):
             token = int(trace.tokens[at])
             new = _Node(node_id=f"E_{token}_{at}", feature=at, layer="E", jsNodeId=f"E_{token}-{at}", **common)
         else:
-            layer, token = trace.model.cfg.n_layers + 1, node.logit
+            layer, token = trace.model.cfg.n_layers + 1, node["logit"]
             if pd.isna(token) or f"{layer}_{token}_{at}" in made:  # numbers behind the vocabulary, as in circuit-tracer
                 token = trace.model.cfg.d_vocab + targets
             common["influence"] = None
             new = _Node(
                 node_id=f"{layer}_{token}_{at}", feature=token, layer=str(layer), jsNodeId=f"L_{token}-{at}",
-                token_prob=node.weight, is_target_logit=targets == 0, clerp=f"{node.name} (p={node.weight:.3f})",
-                **common,
+                token_prob=node["weight"], is_target_logit=targets == 0,
+                clerp=f"{node['name']} (p={node['weight']:.3f})", **common,
             )  # fmt: skip
             targets += 1
         made.setdefault(new.node_id, new)

@@ -53,8 +53,12 @@ class LastToken:
         gt.check_prompts(model, prompts)
         self.model, self.prompts = model, prompts
         self.blocks = [Block.of(model, layer) for layer in range(model.cfg.n_layers)]
-        self.final = Norm.of(model.ln_final, "ln_final")
-        self._refuse(any(not b.before_attn or not b.before_mlp or b.after_attn or b.after_mlp for b in self.blocks))
+        # What attention and what the MLP of each block read through.
+        self.norms = [(a, m) for b in self.blocks if (a := b.before_attn) and (m := b.before_mlp)]
+        final = Norm.of(model.ln_final, "ln_final")
+        self._refuse(len(self.norms) < len(self.blocks) or any(b.after_attn or b.after_mlp for b in self.blocks))
+        assert final is not None
+        self.final = final
         self.batches = [self._batch(tokens.to(model.cfg.device), rows) for tokens, rows in prompts.batches(size)]
         first = self.batches[0]
         mine, models = self._finish(first, 0, {}), _read(self.final, first.stream[-1], {})
@@ -168,7 +172,7 @@ class LastToken:
         scales: Mapping[str, Tensor],
     ) -> tuple[Float[Tensor, "row d_model"], dict[str, Tensor]]:
         """The stream after a block, and what was written on the way, by hook."""
-        block, seen = self.blocks[layer], {}
+        block, (before_attn, before_mlp), seen = self.blocks[layer], self.norms[layer], {}
 
         def written(place: str, live: Tensor) -> Tensor:
             name = f"blocks.{layer}.{place}"
@@ -176,10 +180,10 @@ class LastToken:
             seen[name] = edit(live) if callable(edit) else edit if edit is live else edit[batch.rows].to(live)
             return seen[name]
 
-        z = written("attn.hook_z", self._mix(batch, layer, _read(block.before_attn, x, scales)))
+        z = written("attn.hook_z", self._mix(batch, layer, _read(before_attn, x, scales)))
         x = x + written("hook_attn_out", torch.einsum("nhd,hde->ne", z, block.W_O) + block.b_O)
-        seen[f"blocks.{layer}.ln2.hook_normalized"] = block.before_mlp.normalised(x)
-        out = self.model.blocks[layer].mlp(_read(block.before_mlp, x, scales)[:, None])[:, 0]
+        seen[f"blocks.{layer}.ln2.hook_normalized"] = before_mlp.normalised(x)
+        out = self.model.blocks[layer].mlp(_read(before_mlp, x, scales)[:, None])[:, 0]
         return x + written("hook_mlp_out", out), seen
 
     def _mix(self, batch: _Batch, layer: int, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row head d_head"]:
@@ -201,7 +205,7 @@ class LastToken:
         wanted = {f"blocks.{n}.attn.{hook}" for n in layers for hook in (key, "hook_v")}
         wanted |= {f"blocks.{n}.hook_resid_pre" for n in layers}
         wanted |= {f"blocks.{layers[-1]}.hook_resid_post", "blocks.0.attn.hook_cos", "blocks.0.attn.hook_sin"}
-        norms = [self.final, *(norm for b in self.blocks for norm in (b.before_attn, b.before_mlp) if norm)]
+        norms = [self.final, *(norm for pair in self.norms for norm in pair)]
         wanted |= {f"{norm.hook}.hook_scale" for norm in norms}
         _, cache = self.model.run_with_cache(tokens, names_filter=lambda name: name in wanted)
         self._refuse(f"blocks.0.attn.{key}" not in cache)

@@ -95,7 +95,8 @@ class SharedPrefix:
         """Both parts of the residual stream after the attention of a layer; the prefix is one row, seen by all."""
         q, past_k, past_v = self._qkv(layer, prefix)
         after = prefix + self._mix(layer, q, past_k, past_v, past_k[0, :0], past_v[0, :0])
-        return after, rest + self._mix(layer, *self._qkv(layer, rest), past_k[0], past_v[0])
+        q, k, v = self._qkv(layer, rest)
+        return after, rest + self._mix(layer, q, k, v, past_k[0], past_v[0])
 
     def _qkv(self, layer: int, resid: Tensor) -> list[Tensor]:
         m = self.model.blocks[layer].attn

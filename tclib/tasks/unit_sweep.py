@@ -92,12 +92,12 @@ def keep_units(
         raise ValueError(f"k lies between 0 and the number of units, {len(ranked)}: {list(ks)}")
     ids = gt.year_tokens(model.tokenizer).to(model.cfg.device)
     W_U, b_U = model.W_U[:, ids], model.b_U[ids]
-    ks = torch.tensor(sorted(ks))
-    ranked = ranked[: int(ks[-1])]
+    sizes = torch.tensor(sorted(ks))
+    ranked = ranked[: int(sizes[-1])]
     batches = []
     for tokens, _ in alike(prompts):
         kept = _Kept(model, tokens, layer, transcoder, rest)
-        steps = [(kept.finish() @ W_U + b_U).softmax(-1).cpu() for _ in kept.add(ranked, ks)]
+        steps = [(kept.finish() @ W_U + b_U).softmax(-1).cpu() for _ in kept.add(ranked, sizes)]
         batches.append(torch.stack(steps))
     return torch.cat(batches, dim=1)
 
@@ -180,7 +180,7 @@ def crossing(features: pd.DataFrame, neurons: pd.DataFrame, draws: int = 2000, s
 
 def _cube(table: pd.DataFrame) -> dict[int, Float[np.ndarray, "noun century"]]:
     wide = table.pivot_table(index="noun", columns=["k", "century"], values="probability_difference")
-    return {k: wide[k].to_numpy() for k in wide.columns.levels[0]}
+    return {int(k): wide[k].to_numpy() for k in wide.columns.unique("k").tolist()}
 
 
 def _first_crossing(lead: Float[np.ndarray, "draw k"], ks: Sequence[int]) -> Float[np.ndarray, " draw"]:

@@ -124,7 +124,7 @@ def gated_controls(last: LastToken, layer: int) -> dict[str, Units]:
         raise ValueError("these controls are for gated MLPs, whose neurons are products")
     names = ["mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post", "hook_mlp_out"]
     gate, value, post, out = last.activations(layer, [f"blocks.{layer}.{name}" for name in names])
-    W, opened = model.W_out[layer].detach(), ACT2FN[model.cfg.hidden_act](gate)
+    W, opened = model.W_out[layer].detach(), ACT2FN[model.cfg.hidden_act](gate)  # pyright: ignore[reportAttributeAccessIssue]
 
     def mean(values: Tensor) -> Tensor:
         return gt.mean_over_years(values, prompts)

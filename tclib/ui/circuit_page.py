@@ -104,7 +104,8 @@ def _route(boxes: Mapping[str, tuple[float, float, float]], source: str, reader:
     t = np.linspace(0, 1, 80)[:, None]
     step = end - start
     aside = np.array([step[1], -step[0]]) / max(float(np.hypot(*step)), 1.0)
-    best, least = None, np.inf
+    best: list[tuple[float, float]] = []
+    least = np.inf
     leans = sorted(product(BOWS, BOWS), key=lambda pair: (pair[0] != pair[1], abs(pair[0]) + abs(pair[1])))
     for first, last in leans:
         for up in (None, 0.5, 0.9):

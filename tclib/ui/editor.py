@@ -60,7 +60,9 @@ class Editor(Explorer):
         """
         self.model, self.transcoders, self.names = model, dict(transcoders), names
         # A name that says nothing is none: then the number stands there.
-        self._name = cache(lambda *feature: "" if (name := names(*feature)) in ("various", "silent") else name)
+        self._name = cache(
+            lambda *feature: "" if names is None or (name := names(*feature)) in ("various", "silent") else name
+        )
         self.file: dict[str, Any] = {}
         self.state: dict[str, Any] = {}
         self._sent, self._told = 0, 0
@@ -217,7 +219,7 @@ class Editor(Explorer):
         self._tell(fits=False, cards={})
         traced = self._same_tokens(about)
         wrong = "another model or tokenizer" if traced is None else _differs(traced, features)
-        if wrong:
+        if traced is None or wrong:
             return f"This file is of {wrong}: look at it, group and save it, but nothing can be measured."
         self._ask(
             {"prompt": self.model.tokenizer.decode(traced.tokens[1:]), **(about.get("info") or {}).get("question", {})}
