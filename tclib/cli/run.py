@@ -12,8 +12,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextvars import Context
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tclib.nb import (
     why,
 )
 
+KERNEL_MEMORY = 2 * 10**9  # bytes, with room: what most notebooks take at most
 PLACES = ("model", "transcoders", "results", "text", "second_text", "prompt_file")  # may name a file or a folder
 
 
@@ -78,9 +80,9 @@ def run(arguments: Sequence[str], repo: Path = REPO) -> int:
             raise
         print(f"\n{sentence} What is finished is kept in {folder}.", file=sys.stderr)
         status = 1
-    except ValueError as error:  # too little memory for one kernel
-        print(error, file=sys.stderr)
-        status = 2
+    except BrokenExecutor:
+        print(f"\nA kernel was killed, perhaps for its memory. What is finished is kept in {folder}.", file=sys.stderr)
+        status = 1
     finally:
         signal.signal(signal.SIGTERM, before)
     results.sort(key=lambda result: result.name)
@@ -216,18 +218,28 @@ def unused_folder(runs: Path, name: str | None) -> Path:
 def as_finished(tasks: Sequence[tuple[Path, Path, dict[str, Any]]]) -> Iterator[Result]:
     """Execute notebooks side by side, each as `execute` does, and give their results as they come to their end.
 
+    There is one for each core, fewer where memory is short; when the caller leaves early, all kernels end.
+
     Raises:
         OSError: the disk takes no more.
-        ValueError: the memory does not suffice for one notebook.
+        BrokenExecutor: a process was killed.
     """
-    from dask.distributed import as_completed
+    from tclib.io.memory import available_memory
 
-    from tclib.nb.sweeps.cluster import connected
-
-    with connected(None, len(tasks)) as client:
-        futures = [client.submit(execute, *task, pure=False) for task in tasks]
-        for future in as_completed(futures, loop=client.loop):
-            yield future.result()
+    cores = os.cpu_count() or 1
+    side_by_side = max(1, min(cores, len(tasks), available_memory() // KERNEL_MEMORY))
+    os.environ["OMP_NUM_THREADS"] = str(cores // side_by_side)  # kernels with more would fight over the cores
+    with ProcessPoolExecutor(
+        side_by_side, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
+        try:
+            for future in as_completed([pool.submit(execute, *task) for task in tasks]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():  # a kernel without a parent ends by itself
+                worker.terminate()
+            raise
 
 
 def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
@@ -242,9 +254,7 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
     problem, peak = None, Peak()
     try:
         with stderr_to(target.parent / "kernels.log"), peak:
-            # In a worker's thread, the event loop of an earlier notebook is closed: each gets a context of its own.
-            Context().run(
-                papermill.execute_notebook,
+            papermill.execute_notebook(
                 source,
                 target,
                 parameters=parameters,
