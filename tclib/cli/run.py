@@ -216,9 +216,7 @@ def unused_folder(runs: Path, name: str | None) -> Path:
 
 
 def as_finished(tasks: Sequence[tuple[Path, Path, dict[str, Any]]]) -> Iterator[Result]:
-    """Execute notebooks side by side, each as `execute` does, and give their results as they come to their end.
-
-    There is one for each core, fewer where memory is short; when the caller leaves early, all kernels end.
+    """Results of `execute` as they come, one notebook on each core; when the caller leaves early, all kernels end.
 
     Raises:
         OSError: the disk takes no more.
@@ -229,9 +227,8 @@ def as_finished(tasks: Sequence[tuple[Path, Path, dict[str, Any]]]) -> Iterator[
     cores = os.cpu_count() or 1
     side_by_side = max(1, min(cores, len(tasks), available_memory() // KERNEL_MEMORY))
     os.environ["OMP_NUM_THREADS"] = str(cores // side_by_side)  # kernels with more would fight over the cores
-    with ProcessPoolExecutor(
-        side_by_side, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    ) as pool:
+    deaf = (signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches every process of a terminal
+    with ProcessPoolExecutor(side_by_side, get_context("spawn"), signal.signal, deaf) as pool:
         try:
             for future in as_completed([pool.submit(execute, *task) for task in tasks]):
                 yield future.result()
@@ -243,11 +240,7 @@ def as_finished(tasks: Sequence[tuple[Path, Path, dict[str, Any]]]) -> Iterator[
 
 
 def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
-    """Execute one notebook into ``target``, which is kept if a cell fails.
-
-    Raises:
-        OSError: the disk takes no more; nothing is left of ``target``.
-    """
+    """Execute one notebook into ``target``, kept if a cell fails, and removed if the disk takes no more (OSError)."""
     import papermill
 
     start = time.monotonic()
