@@ -8,7 +8,7 @@ from types import TracebackType
 
 import psutil
 
-SECONDS = 0.1  # between two looks
+SECONDS = 0.25  # between two looks, each of which reads the list of all processes
 
 
 class Peak:
