@@ -146,7 +146,7 @@ class Block:
             W_O, b_O = after.centre(W_O) * after.gain, after.centre(b_O) * after.gain
         return cls(before, before_mlp, after, after_mlp, W_V, b_V, W_O, b_O, len(W_O) // len(W_V))
 
-    def per_head(self, values: Tensor, dim: int = 0) -> Tensor:
+    def per_head(self, values: Float[Tensor, "*any"], dim: int = 0) -> Float[Tensor, "*any"]:
         """What stands for value heads along a dimension, for each of the query heads."""
         return values if self.group == 1 else values.repeat_interleave(self.group, dim)
 

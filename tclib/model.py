@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -135,7 +135,9 @@ def _where_from(name: str, folder: Path) -> str | None:
     return f"{name} is {hub.MODELS[name]}, with its weights in full." if name == "smollm2" else None
 
 
-def layer_norms(model: TransformerBridge, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+def layer_norms(
+    model: TransformerBridge, layers: Sequence[int]
+) -> dict[int, tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]]:
     """Gain and bias of the norm before each MLP as they are on disk; in a processed model they are folded away.
 
     Raises:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from matplotlib.axes import Axes
 
 # Two of Okabe and Ito's colours that stay apart for every kind of colour blindness; sign is also told by direction.
@@ -85,7 +86,13 @@ def highlighted(tokens: Sequence[str], activations: Sequence[float], largest: fl
 
 
 def heatmap(
-    values: np.ndarray, title: str, xlabel: str, ylabel: str, unit: str, extent=None, ax: Axes | None = None
+    values: Float[np.ndarray, "row column"],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    unit: str,
+    extent: tuple[float, float, float, float] | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """A matrix as an image with a labelled colour bar; diverging around 0 if it holds both signs."""
     if ax is None:

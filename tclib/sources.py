@@ -222,7 +222,9 @@ def of_mlp(trace: Trace, layer: int) -> Iterator[Source]:
     yield Biases("transcoder_bias", layer, stage, bias[None], over[:, None])
 
 
-def skip_path(trace: Trace, layer: int, x: Float[Tensor, "pos d_model"], positions: Positions | slice = slice(None)):
+def skip_path(
+    trace: Trace, layer: int, x: Float[Tensor, "pos d_model"], positions: Positions | slice = slice(None)
+) -> Float[Tensor, "some d_model"]:
     """What a skip transcoder's affine part writes for an input (all positions of it) at some positions."""
     after, W_skip = trace.after_mlp(layer), trace.transcoders[layer].W_skip
     assert W_skip is not None

@@ -81,7 +81,7 @@ class Trace:
         return self._blocks[layer]
 
     @property
-    def like(self) -> Tensor:
+    def like(self) -> Float[Tensor, "pos d_model"]:
         """A tensor of this trace, for its dtype and device."""
         return self.cache["hook_embed"]
 

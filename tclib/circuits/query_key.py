@@ -132,7 +132,9 @@ class _Projection:
         return cls(W * gain, b * gain, scale[own] if scale.ndim == 2 else scale)
 
 
-def read(trace: Trace, layer: int, head: int, side: Side, positions: Tensor) -> Float[Tensor, "pos d_head"]:
+def read(
+    trace: Trace, layer: int, head: int, side: Side, positions: Int[Tensor, " pos"]
+) -> Float[Tensor, "pos d_head"]:
     """The head's queries or keys, rotated, from the residual stream."""
     reads = _Projection.of(trace, layer, head, side)
     gain, norm_bias = trace.gain("attn_in", layer)
@@ -141,7 +143,9 @@ def read(trace: Trace, layer: int, head: int, side: Side, positions: Tensor) -> 
     return Rotation(trace, layer, positions).summed(vectors, torch.eye(len(positions)).to(vectors))
 
 
-def reader_of(trace: Trace, layer: int, head: int, side: Side, position: int, vector: Tensor) -> tuple[Tensor, float]:
+def reader_of(
+    trace: Trace, layer: int, head: int, side: Side, position: int, vector: Float[Tensor, " d_head"]
+) -> tuple[Float[Tensor, " d_model"], float]:
     """A vector that reads a head's rotated query or key at a position, as a reader of attention's input and a bias."""
     reads = _Projection.of(trace, layer, head, side)
     here = torch.tensor([position], device=vector.device)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -59,7 +59,14 @@ def check_text(model: TransformerBridge, tokens: Int[Tensor, "row pos"]) -> Int[
     return tokens
 
 
-def accumulate(model: TransformerBridge, rows: Tensor, logits: Tensor, swaps: Mapping, weights: Tensor, sums) -> None:
+def accumulate(
+    model: TransformerBridge,
+    rows: Int[Tensor, "row pos"],
+    logits: Float[Tensor, "row pos vocab"],
+    swaps: Mapping,
+    weights: Float[Tensor, "replicate row"],
+    sums: Mapping,
+) -> None:
     """Add CE, KL and top-1 agreement of one batch under each intervention."""
     targets, log_p = rows[:, 1:, None], logits[:, :-1].log_softmax(-1)
     keep, best = words(model, targets[..., 0]), log_p.argmax(-1)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool, Float
 
 
 def at_l0(
@@ -33,7 +34,7 @@ def at_l0(
     return pd.concat(tables, ignore_index=True)
 
 
-def shared_l0(front: pd.DataFrame, name: str = "name", points: int = 5) -> np.ndarray:
+def shared_l0(front: pd.DataFrame, name: str = "name", points: int = 5) -> Float[np.ndarray, " point"]:
     """``points`` values of L0, evenly spaced in log L0, over the range that all fronts called ``name`` reach.
 
     Raises:
@@ -58,7 +59,7 @@ def gap(front: pd.DataFrame, one: str, other: str, by: Sequence[str], column: st
     return pd.DataFrame(records)
 
 
-def undominated(front: pd.DataFrame, columns: Sequence[str] = ("l0", "fvu")) -> np.ndarray:
+def undominated(front: pd.DataFrame, columns: Sequence[str] = ("l0", "fvu")) -> Bool[np.ndarray, " row"]:
     """Which points no other point beats: at most as large in all ``columns``, and smaller in one (Pareto).
 
     Returns:

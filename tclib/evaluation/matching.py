@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tclib.transcoder import Transcoder
@@ -20,7 +20,12 @@ def nearest(
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
-def match(a: Transcoder, b: Transcoder, live_a: Tensor | None = None, live_b: Tensor | None = None) -> pd.DataFrame:
+def match(
+    a: Transcoder,
+    b: Transcoder,
+    live_a: Bool[Tensor, " d_features"] | None = None,
+    live_b: Bool[Tensor, " d_features"] | None = None,
+) -> pd.DataFrame:
     """Each live feature of ``a`` beside the live feature of ``b`` with the nearest decoder row.
 
     Returns:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float32
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import connections, targets
@@ -33,7 +34,7 @@ class Example:
     row: int
     position: int
     tokens: list[str]
-    activations: np.ndarray
+    activations: Float32[np.ndarray, " pos"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index, blocks
@@ -150,7 +150,7 @@ def sums(
     return totals
 
 
-def spread(index: Index, of_tokens: np.ndarray) -> np.ndarray:
+def spread(index: Index, of_tokens: Shaped[np.ndarray, " token"]) -> Shaped[np.ndarray, " row*pos"]:
     """One value per token but BOS, in reading order, as one per position; False or 0 where BOS stands.
 
     Raises:
