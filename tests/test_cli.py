@@ -398,21 +398,26 @@ def test_sigterm_is_handed_on_and_ends_the_command(tmp_path):
 def test_a_signal_ends_a_run_and_its_kernels_and_keeps_what_is_finished(repo, tmp_path, number):
     waiting = "import os, time\nopen({!r}, 'w').write(str(os.getpid()))\ntime.sleep(120)"
     pids = [tmp_path / "02", tmp_path / "05"]
+
+    def running() -> list[int]:
+        return [int(pid.read_text(encoding="utf-8") or 0) for pid in pids if pid.is_file()]
+
     for path, pid in zip(sorted((repo / "notebooks").glob("*.ipynb"))[1:], pids, strict=True):
-        path.write_text(json.dumps(notebook_dict([*GOOD, waiting.format(str(pid))], {1: "parameters"})), "utf-8")
+        cells = [*GOOD, waiting.format(str(pid))]
+        path.write_text(json.dumps(notebook_dict(cells, {1: "parameters"})), encoding="utf-8")
     code = "import sys; from pathlib import Path; from tclib.cli import run\n"
     code += f"sys.exit(run.run(['--name', 'cut'], Path({str(repo)!r})))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     ) as process:
-        until(lambda: (repo / "runs/cut/01_bad.ipynb").is_file() and any(p.is_file() and p.read_text() for p in pids))
+        until(lambda: (repo / "runs/cut/01_bad.ipynb").is_file() and any(running()))
         until(lambda: process.stdout.readline().startswith("[1/3] 01_bad"))
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, out + err
     assert f"Interrupted: what is finished is kept in {repo / 'runs/cut'}." in err
     assert [path.name for path in (repo / "runs/cut").glob("*.ipynb")] == ["01_bad.ipynb"]
-    until(lambda: not any(p.is_file() and psutil.pid_exists(int(p.read_text())) for p in pids))
+    until(lambda: not any(psutil.pid_exists(pid) for pid in running()))
 
 
 def until(condition, seconds=90):
