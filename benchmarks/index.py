@@ -131,13 +131,9 @@ def check(index: Index, scores: Tensor) -> None:
     assert np.allclose(dense.astype(np.float32), expected.astype(np.float32), rtol=2e-3, atol=2e-5), "the values differ"
 
 
-READS = {
-    "count": lambda fired: fired.count,
-    "histogram": FeatureActivations.histogram,
-    "top": FeatureActivations.top,
-    "bands": FeatureActivations.bands,
-    "top_tokens": FeatureActivations.top_tokens,
-}
+def read(index: Index, feature: int, what: str) -> None:
+    found = getattr(FeatureActivations(index, 0, feature), what)
+    found() if callable(found) else found
 
 
 def reading(folder: Path) -> None:
@@ -146,9 +142,9 @@ def reading(folder: Path) -> None:
     drawn = np.random.default_rng(0).choice(np.flatnonzero(counts), 200, replace=False)
     print(f"reading from {index.n_tokens:,} tokens, {counts.sum():,} activations, milliseconds per call:")
     densest = int(counts.argmax())
-    for name, function in READS.items():
-        each = [best_of(lambda f=feature, g=function: g(FeatureActivations(index, 0, int(f))), 3) for feature in drawn]
-        worst = best_of(lambda g=function: g(FeatureActivations(index, 0, densest)), 5)
+    for name in ("count", "histogram", "top", "bands", "top_tokens"):
+        each = [best_of(lambda f=feature, n=name: read(index, int(f), n), 3) for feature in drawn]
+        worst = best_of(lambda n=name: read(index, densest, n), 5)
         print(f"{name:11} median {1e3 * statistics.median(each):.3f}, slowest of 200 {1e3 * max(each):.3f}, "
               f"densest feature ({counts[densest] / index.n_tokens:.0%} of tokens) {1e3 * worst:.3f}")  # fmt: skip
 

@@ -151,8 +151,9 @@ def test_rows_are_as_wide_as_asked_for_and_no_wider_than_the_context(model, tmp_
         assert tc.load_text(model, "chronicle", 2).shape == (2, 128)
     finally:
         model.cfg.n_ctx = context
-    with pytest.raises(ValueError, match="width = 1: a row has at least two tokens"):
-        tc.load_text(model, "chronicle", 2, width=1)
+    for source in ("chronicle", "sampled"):
+        with pytest.raises(ValueError, match="width = 1: a row has at least two tokens"):
+            tc.load_text(model, source, 2, width=1)
 
 
 def test_what_notebook_11b_says_of_successors_in_another_model():

@@ -33,6 +33,24 @@ def test_strongest_are_the_largest_activations_of_the_text(bundled):
     assert torch.allclose(z.flatten(0, 1).T.gather(1, places)[fired], values[fired], atol=1e-4)
 
 
+def test_what_reads_another_place_is_not_named(bundled):
+    lm, transcoders, tokens = bundled
+    changes = {"hook_in": "blocks.0.hook_mlp_out", "hook_out": "blocks.0.hook_mlp_out"}
+    sae = tc.Transcoder(transcoders[0].config.model_copy(update=changes))
+    with pytest.raises(ValueError, match="hook_mlp_out"):
+        Names(lm, {0: sae}, tokens)
+
+
+def test_a_model_without_bos_has_its_first_tokens_named_too(bundled):
+    lm, transcoders, tokens = bundled
+    lm.cfg.default_prepend_bos = False
+    try:
+        values, places = naming.strongest(lm, {0: transcoders[0]}, tokens, k=1)[0]
+    finally:
+        lm.cfg.default_prepend_bos = True
+    assert (places[values > 0] % tokens.shape[1] == 0).any()
+
+
 def test_a_feature_made_for_words_and_one_made_for_numbers_are_named_so(bundled):
     lm, transcoders, tokens = bundled
     made = tc.Transcoder(transcoders[0].config)
