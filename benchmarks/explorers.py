@@ -31,7 +31,12 @@ def set_up(folder: Path) -> tuple:
     """Model, transcoders, summary and a small index."""
     model, transcoders = tc.load_model(device="cpu"), tc.load_transcoders(device="cpu")
     tokens = tc.load_text(model, "chronicle", 64)
-    return model, transcoders, load_summary(model, transcoders), build_index(model, transcoders, tokens, folder / "i")
+    return (
+        model,
+        transcoders,
+        load_summary(tc.ReplacementModel(model, transcoders)),
+        build_index(tc.ReplacementModel(model, transcoders), tokens, folder / "i"),
+    )
 
 
 def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator[tuple[str, list[Callable[[], None]]]]:
@@ -40,13 +45,13 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
     def settings(control, *values) -> list[Callable[[], None]]:
         return [lambda value=value: setattr(control, "value", value) for value in values]
 
-    scope = ui.Microscope(model, transcoders, PROMPT)
+    scope = ui.Microscope(tc.ReplacementModel(model, transcoders), PROMPT)
     yield "microscope: prompt", settings(scope.prompt, OTHER, PROMPT)
     yield "microscope: token", settings(scope.token, 8, 12)
     yield "microscope: layer", settings(scope.layer, 0, 2)
     yield "microscope: feature", settings(scope.feature, *[value for _, value in scope.feature.options[1:3]])
 
-    browser = ui.Browser(model, transcoders, summary)
+    browser = ui.Browser(tc.ReplacementModel(model, transcoders), summary)
     yield "browser: frequency", settings(browser.range, (0.0, 1e-3), (0.0, 1.0))
     yield "browser: feature", settings(browser.list, *[value for _, value in browser.list.options[1:3]])
     browser.query.value, browser.by.value = "war", "token"
@@ -56,12 +61,12 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
     browser.by.value = "similarity"
     yield "browser: similarity", settings(browser.number, "107", "1334")
 
-    walker = ui.Walker(model, transcoders, PROMPT, "45", "20")
+    walker = ui.Walker(tc.ReplacementModel(model, transcoders), PROMPT, "45", "20")
     yield "walker: prompt", settings(walker.prompt, PROMPT.replace("war", "siege"), PROMPT)
     yield "walker: source", settings(walker.source, *[value for _, value in walker.source.options[1:3]])
     yield "walker: down and up", [walker.down.click, walker.up.click]
 
-    editor = ui.Editor(model, transcoders, PROMPT, "45", "20")
+    editor = ui.Editor(tc.ReplacementModel(model, transcoders), PROMPT, "45", "20")
     yield "editor: prompt", settings(editor.prompt, PROMPT.replace("war", "siege"), PROMPT)
     features = sorted((n["influence"], n["node_id"]) for n in editor.file["nodes"] if n["activation"] is not None)
     four = [[name, 0.0] for _, name in features[:4]]
@@ -78,7 +83,7 @@ def interactions(model, transcoders, summary: Summary, index: Index) -> Iterator
     yield "weights: sources", settings(weights.source, 0, 1)
     yield "weights: weighting", settings(weights.by, "input_x_gradient", "target_weighted")
 
-    lab = ui.Lab(model, transcoders)
+    lab = ui.Lab(tc.ReplacementModel(model, transcoders))
     yield "lab: YY", settings(lab.year, 60, 35)
     yield "lab: units kept", settings(lab.kept, 4, 16)
     yield "lab: taken out", settings(lab.out, tuple(lab.ranked[:2].tolist()), ())

@@ -32,6 +32,7 @@ from tclib.activations import hook_in, hook_out
 from tclib.features import FeatureActivations, Index, build_index
 from tclib.features import index as store
 from tclib.features.build import BATCH_ROWS
+from tclib.replacement_model import ReplacementModel
 from tclib.transcoder import Transcoder, TranscoderConfig
 
 LAYER, FEATURES, WIDTH, ACTIVE = 8, 24_576, 128, 50
@@ -83,7 +84,7 @@ def building(
 
     def index() -> None:
         shutil.rmtree(folder / "index", ignore_errors=True)
-        found["index"] = build_index(model, {LAYER: transcoder}, tokens, folder / "index")
+        found["index"] = build_index(ReplacementModel(model, {LAYER: transcoder}), tokens, folder / "index")
 
     ways = {
         "forward": lambda: forward(LAYER + 1),

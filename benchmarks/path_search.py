@@ -29,6 +29,7 @@ from tclib import targets
 from tclib.activations import hook_in, hook_out
 from tclib.circuits.one_step import prompt_graph
 from tclib.circuits.path_search import greedy
+from tclib.replacement_model import ReplacementModel
 from tclib.tracing import trace
 from tclib.transcoder import Transcoder, TranscoderConfig
 
@@ -148,7 +149,7 @@ def main() -> None:
 
     def ours(feature: int | None) -> tuple[list[dict[tuple, float]], list[float], int]:
         clock = [time.process_time()]
-        traced = trace(model, transcoders, tokens, check_fit=False)
+        traced = trace(ReplacementModel(model, transcoders), tokens, check_fit=False)
         clock.append(time.process_time())
         graph = prompt_graph(traced)
         clock.append(time.process_time())

@@ -184,7 +184,7 @@ def part(work: Path, layer: int, seed: int) -> list[dict]:
     )  # as the training text, half chronicle and half real prose
     records = []
     for name, trainer in trainers.items():
-        row = evaluation.reconstruction(model, {layer: trainer.finished()}, tokens).iloc[0]
+        row = evaluation.reconstruction(tc.ReplacementModel(model, {layer: trainer.finished()}), tokens).iloc[0]
         total = seconds[name] + seconds[configs[name].buffer, configs[name].passes]
         records.append(
             {"layer": layer, "seed": seed, "name": name, "seconds": total}
@@ -240,7 +240,9 @@ def on_a_laptop(work: Path) -> dict:
     rows = []
     for name, measured in texts.items():
         for who, transcoders in {"laptop": trained, "bundled": tc.load_transcoders(device="cpu")}.items():
-            table = evaluation.reconstruction(model, transcoders, measured).assign(text=name, who=who)
+            table = evaluation.reconstruction(tc.ReplacementModel(model, transcoders), measured).assign(
+                text=name, who=who
+            )
             rows += table[["text", "who", "layer", "l0", "fvu", "dead"]].round(4).to_dict("records")
     return {"minutes": round(minutes, 2), "cpu_minutes": round(cpu_minutes, 2), "threads": 2, "rows": rows} | LAPTOP
 

@@ -110,7 +110,7 @@ def measure(model, sets: dict[str, dict[int, tc.Transcoder]], seed: int) -> list
 
 def fit(model, parts: dict[int, tc.Transcoder], tokens: torch.Tensor) -> dict[str, float]:
     """Reconstruction, and all MLPs replaced at once."""
-    found = evaluation.measure(model, parts, tokens, groups={"all": list(parts)})
+    found = evaluation.measure(tc.ReplacementModel(model, parts), tokens, groups={"all": list(parts)})
     table, together = found.layers, found.groups.iloc[0]
     numbers = {f"FVU of layer {layer}": value for layer, value in zip(table["layer"], table["fvu"], strict=True)}
     numbers |= {"mean FVU": table["fvu"].mean(), "L0 of a layer": table["l0"].mean()}
@@ -120,7 +120,7 @@ def fit(model, parts: dict[int, tc.Transcoder], tokens: torch.Tensor) -> dict[st
 
 def labels(model, parts: dict[int, tc.Transcoder], texts: list) -> dict[str, float]:
     """How well single features of any layer stand for the labels that made the text."""
-    found = ground_truth.score_set(model, parts, *texts).summary()
+    found = ground_truth.score_set(tc.ReplacementModel(model, parts), *texts).summary()
     names = {"f1": "F1 with the generator's labels", "covered": "labels covered", "split": "labels split"}
     return found[[*names, "absorbed"]].rename(names).to_dict()
 
@@ -130,7 +130,7 @@ def graphs(model, parts: dict[int, tc.Transcoder]) -> dict[str, float]:
     rows, compared = [], []
     for noun in NOUNS:
         for year in YEARS:
-            trace = tc.trace(model, parts, gt.fill(gt.TEMPLATE, noun, CENTURY, year))
+            trace = tc.trace(tc.ReplacementModel(model, parts), gt.fill(gt.TEMPLATE, noun, CENTURY, year))
             answer = targets.logit_difference(trace, f"{year + 4:02d}", f"{year - 6:02d}")
             whole = graph.build_graph(trace, [(answer, 1.0)])
             scores = (pruning.path_length, pruning.replacement_score, pruning.completeness_score)
@@ -147,16 +147,16 @@ def graphs(model, parts: dict[int, tc.Transcoder]) -> dict[str, float]:
 
 def computing(model, parts: dict[int, tc.Transcoder], prompts: gt.Prompts, late: int) -> dict[str, float]:
     """Does a set compute as the model does? With few features, and where something is ablated."""
-    few = replaced.few_features(model, parts, prompts, late, KS).set_index("k")["difference"]
+    few = replaced.few_features(tc.ReplacementModel(model, parts), prompts, late, KS).set_index("k")["difference"]
     whole = gt.probability_difference(gt.run(model, prompts), prompts.years).mean().item()
     recovered = 1 - (whole - few) / gt.drop_if_ablated(model, prompts, late)  # 0: held at its mean over YY
     numbers = {f"greater-than with {k} features": value for k, value in recovered.items()}
     some = gt.prompts(model.tokenizer, NOUNS, [CENTURY], range(5, 96, 9))
-    found = replaced.agreement(replaced.under_ablations(model, parts, some))
+    found = replaced.agreement(replaced.under_ablations(tc.ReplacementModel(model, parts), some))
     numbers |= {f"{name} under ablations": value for name, value in found.items()}
     missed, moved = 0.0, 1e-12
     for ablation in replaced.middle(model, some, late).values():
-        change = replaced.answer_of_mlp(model, parts, some, late, ablation)
+        change = replaced.answer_of_mlp(tc.ReplacementModel(model, parts), some, late, ablation)
         missed += (change["imitated"] - change["model"]).square().sum().item()
         moved += change["model"].square().sum().item()
     return numbers | {"unpredicted response of the late MLP": missed / moved}

@@ -23,8 +23,8 @@ SCRATCH = Path(tempfile.gettempdir()) / "tclib-features"
 def main() -> None:
     model, transcoders = tc.load_model(device="cpu"), tc.load_transcoders(device="cpu")
     labelled = text.chronicle(model, ROWS)
-    print(plan(model, transcoders, labelled.tokens))
-    built = build_index(model, transcoders, labelled.tokens, SCRATCH)
+    print(plan(tc.ReplacementModel(model, transcoders), labelled.tokens))
+    built = build_index(tc.ReplacementModel(model, transcoders), labelled.tokens, SCRATCH)
     summary = summarise(built, ground_truth.truth(labelled))
     out = data_path() / "features.npz"
     save_summary(summary, out)

@@ -120,7 +120,10 @@ def measure(model, learned, rows: torch.Tensor, layer: int, seed: int, held_out:
         front = front[front["name"] != "original"]
         at = pd.DataFrame(front.pop("name").tolist(), columns=["name", "k"], index=front.index)
         front = pd.concat([at, front], axis=1)
-        close = {name: evaluation.reconstruction(model, {layer: t}, tokens).iloc[0] for name, t in dictionaries.items()}
+        close = {
+            name: evaluation.reconstruction(tc.ReplacementModel(model, {layer: t}), tokens).iloc[0]
+            for name, t in dictionaries.items()
+        }
         front["l0"] = [close[key].l0 if key in close else key[1] for key in zip(front["name"], front["k"], strict=True)]
         point = front[front["replicate"] == 0].drop(columns="replicate")
         point["fvu"] = [
@@ -174,7 +177,7 @@ def collect(model, run: Path, out: Path, base: tc.TrainConfig, parts: list, held
     result = {
         "command": "python -m making.fronts --work WORK --run RUN --out data/fronts.json",
         "about": {
-            "training": base.model_dump(include={"d_features", "activation", "steps", "rows", "lr"}),
+            "training": base.model_dump(include={"d_features", "activation", "steps", "batch_rows", "lr"}),
             "training_tokens": base.steps * base.batch_rows * model.cfg.n_ctx,
             "k": KS,
             "k_of_latents_and_seeds": MIDDLE,
@@ -203,7 +206,7 @@ def seed_variance(model, run: Path, parts: list) -> dict[str, pd.DataFrame]:
     live = {}
     for kind, seed in ((kind, seed) for kind in KINDS for seed in seeds):
         group = {layer: load[kind, seed, layer] for layer in layers}
-        firing = evaluation.measure(model, group, tokens, groups={}).firing
+        firing = evaluation.measure(tc.ReplacementModel(model, group), tokens, groups={}).firing
         live |= {(kind, seed, layer): rate > 1e-4 for layer, rate in firing.items()}
     features = []
     for kind, layer, (a, b) in ((k, i, pair) for k in KINDS for i in layers for pair in combinations(seeds, 2)):
@@ -230,7 +233,8 @@ def seed_circuit(model, load: dict, seeds: list[int], layers: list[int]) -> pd.D
     """The TOP features behind one logit difference in each seed, and how many have a counterpart among another's."""
     largest = {}
     for seed in seeds:
-        trace = tc.trace(model, {layer: load["transcoder", seed, layer] for layer in layers}, PROMPT)
+        replacement = tc.ReplacementModel(model, {layer: load["transcoder", seed, layer] for layer in layers})
+        trace = tc.trace(replacement, PROMPT)
         table = tc.attribute(trace, targets.logit_difference(trace, *ANSWERS))
         table = table[table["kind"] == "feature"].head(TOP)
         largest[seed] = {(int(row.layer), int(row.feature)): float(row.contribution) for row in table.itertuples()}

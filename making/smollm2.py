@@ -155,8 +155,9 @@ def ship(model: TransformerBridge, work: Path, out: Path, folder: Path) -> None:
             for layer, transcoder in exact.items():
                 transcoder.save(folder / name / f"layer_{layer}", dtype=torch.int8)
             kept = tc.load_transcoders(folder / name, device=model.cfg.device)
-        before = evaluation.reconstruction(model, exact, tokens).set_index("layer")
-        table = tc.evaluate(model, kept, tokens).set_index("layer").assign(fvu_float16=before["fvu"])
+        before = evaluation.reconstruction(tc.ReplacementModel(model, exact), tokens).set_index("layer")
+        table = tc.evaluate(tc.ReplacementModel(model, kept), tokens).set_index("layer")
+        table = table.assign(fvu_float16=before["fvu"])
         report[name] = json.loads(table.round(4).to_json(orient="index"))
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card(report, tokens.numel()), encoding="utf-8")

@@ -114,7 +114,9 @@ def compare(options: argparse.Namespace, device: str) -> None:
     table = []
     for name, transcoders in trained.items():
         for source, tokens in evaluation_texts(model, options.work).items():
-            measured = evaluation.reconstruction(model, transcoders, tokens)[["layer", "l0", "fvu", "dead"]]
+            measured = evaluation.reconstruction(tc.ReplacementModel(model, transcoders), tokens)[
+                ["layer", "l0", "fvu", "dead"]
+            ]
             table += measured.assign(name=name, text=source, tokens=rows.numel()).to_dict("records")
     (options.out / "comparison.json").write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
 
@@ -179,7 +181,7 @@ def measure(model, transcoders: dict[int, tc.Transcoder], work: Path) -> dict:
     """L0, FVU, dead features and cross-entropy per layer, on unseen chronicle and on held-out real prose."""
     report = {}
     for name, tokens in evaluation_texts(model, work).items():
-        table = tc.evaluate(model, transcoders, tokens).set_index("layer").round(4)
+        table = tc.evaluate(tc.ReplacementModel(model, transcoders), tokens).set_index("layer").round(4)
         report[name] = json.loads(table.to_json(orient="index"))
     return report
 

@@ -24,6 +24,7 @@ _FACE = {
     "load_text": "tclib.text",
     # transcoders
     "TrainConfig": "tclib.training",
+    "ReplacementModel": "tclib.replacement_model",
     "Transcoder": "tclib.transcoder",
     "TranscoderConfig": "tclib.transcoder",
     "evaluate": "tclib.evaluation",

@@ -16,9 +16,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import hook_in, norm_after
 from tclib.blocks import Block, embeddings
-from tclib.inputs import check_layers, check_tokens, whole, words
+from tclib.inputs import check_layers, check_tokens, words
+from tclib.replacement_model import ReplacementModel
 from tclib.targets import Target
-from tclib.tracing import Trace, check_belongs, check_dtype
+from tclib.tracing import Trace
 from tclib.transcoder import Transcoder
 
 Head = tuple[int, int]  # (layer, head)
@@ -165,8 +166,7 @@ def ov_connections(trace: Trace, target: Target, layer: int, index: int) -> pd.D
 
 @torch.no_grad()
 def data_weighted(
-    model: TransformerBridge,
-    transcoders: dict[int, Transcoder],
+    replacement: ReplacementModel,
     tokens: Int[Tensor, "row pos"],
     source_layer: int,
     target_layer: int,
@@ -187,16 +187,15 @@ def data_weighted(
         ``input_invariant``, ``input_x_gradient`` and ``target_weighted`` by feature index of the source layer.
 
     Raises:
-        ValueError: layers, feature, transcoders or tokens that do not fit, or a target that never fires on this text.
+        ValueError: layers, feature or tokens that do not fit, an SAE, or a target that never fires on this text.
     """
+    model, transcoders = replacement.model, replacement.transcoders
     check_layers(model, [source_layer, target_layer])
     if source_layer >= target_layer or not {source_layer, target_layer} <= transcoders.keys():
         raise ValueError(f"layers {source_layer} and {target_layer}: the earlier one first, both with a transcoder")
     source, target = transcoders[source_layer], transcoders[target_layer]
-    for layer in (source_layer, target_layer):
-        check_belongs(model, layer, transcoders[layer])
-        check_dtype(model, layer, transcoders[layer])
-    index = whole("feature", index, target.config.d_features, f"the transcoder of layer {target_layer}")
+    replacement.need_transcoders()
+    index = replacement.feature(target_layer, index)
     tokens = check_tokens(model, tokens)
     norm, after = Block.of(model, target_layer).before_mlp, norm_after(model, source_layer, source.config.hook_out)
     reads = target.W_enc[:, index] if norm is None else norm.centre(target.W_enc[:, index])

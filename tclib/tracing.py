@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
@@ -13,12 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import folded, hook_in, hook_out, mlp_out, norm_after, our_name
+from tclib.activations import hook_in, mlp_out
 from tclib.blocks import Block, Norm
-from tclib.inputs import check_tokens, feature_of, from_end, whole, words
+from tclib.inputs import check_tokens, from_end, whole, words
 from tclib.interventions import edited
 from tclib.model import to_tokens, token_strings
-from tclib.transcoder import Transcoder, imitation, is_cross_layer
+from tclib.replacement_model import ReplacementModel
+from tclib.transcoder import Transcoder, imitation
 
 # Where a number is read: what attention reads (after ln1), a transcoder (after ln2), the unembedding (after ln_final).
 Place = Literal["attn_in", "mlp_in", "final"]
@@ -32,14 +33,23 @@ class Trace:
     TransformerLens' names, without the batch dimension. ``features[layer]`` are the transcoder's activations.
     """
 
-    model: TransformerBridge
-    transcoders: dict[int, Transcoder]
+    replacement: ReplacementModel
     tokens: Int[Tensor, " pos"]
     token_strings: list[str]
     cache: dict[str, Tensor]
     features: dict[int, Float[Tensor, "pos d_features"]]
     tested: set = field(default_factory=set, init=False, repr=False, compare=False)  # see `tclib.linearity.check`
     _blocks: dict[int, Block] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def model(self) -> TransformerBridge:
+        """The model that was run."""
+        return self.replacement.model
+
+    @property
+    def transcoders(self) -> Mapping[int, Transcoder]:
+        """The transcoders beside its MLPs, by layer."""
+        return self.replacement.transcoders
 
     def position(self, position: int) -> int:
         """The position counted from the front; raises if the prompt has no such token."""
@@ -58,7 +68,7 @@ class Trace:
 
     def feature(self, layer: int, feature: int) -> int:
         """The feature, if the transcoder of this layer has it; raises otherwise."""
-        return feature_of(self.transcoders, self.layer(layer), feature)
+        return self.replacement.feature(self.layer(layer), feature)
 
     @cached_property
     def logits(self) -> Float[Tensor, "pos vocab"]:
@@ -191,12 +201,7 @@ class Trace:
 
 
 @torch.no_grad()
-def trace(
-    model: TransformerBridge,
-    transcoders: dict[int, Transcoder],
-    prompt: str | Int[Tensor, " pos"],
-    check_fit: bool = True,
-) -> Trace:
+def trace(replacement: ReplacementModel, prompt: str | Int[Tensor, " pos"], check_fit: bool = True) -> Trace:
     """Run a prompt (text, or tokens that start with BOS) once and keep what attribution needs.
 
     Args:
@@ -204,15 +209,13 @@ def trace(
             for example, need False.
 
     Raises:
-        ValueError: an empty or too long prompt, or tokens that do not fit (see `tclib.inputs.check_tokens`); a
-            transcoder whose sizes, hooks, precision or outputs do not fit the model.
+        ValueError: an empty or too long prompt, or tokens that do not fit (see `tclib.inputs.check_tokens`); an SAE, or
+            a transcoder whose outputs do not fit the model.
     """
+    replacement.need_transcoders()
+    model, transcoders = replacement.model, replacement.transcoders
     tokens = to_tokens(model, prompt) if isinstance(prompt, str) else prompt
     tokens = check_tokens(model, tokens, "the prompt", rows=False).to(model.cfg.device)
-    for layer, transcoder in transcoders.items():
-        check_belongs(model, layer, transcoder)
-        check_dtype(model, layer, transcoder)
-    is_cross_layer(transcoders)  # refuses one of which layers are missing
     # See `Trace.logits`. And transformers' RMSNorm rounds to float32 in any model, unless its scale is edited.
     hooks = [("unembed.hook_in", lambda value, hook: value[:, :0])]
     if model.ln_final.uses_rms_norm:
@@ -223,51 +226,10 @@ def trace(
         _, cache = model.run_with_cache(tokens[None], names_filter=needed.__contains__)
     kept = {name: value[0] for name, value in cache.items()}
     features = {layer: t.encode(kept[hook_in(layer)]) for layer, t in transcoders.items()}
-    traced = Trace(model, transcoders, tokens, token_strings(model, tokens), kept, features)
+    traced = Trace(replacement, tokens, token_strings(model, tokens), kept, features)
     if check_fit and words(model, tokens).any():
         _check_fit(traced)
     return traced
-
-
-def check_belongs(model: TransformerBridge, layer: int, transcoder: Transcoder, saes: bool = False) -> None:
-    """Refuse a transcoder of other widths, layers or hooks than this model's MLPs.
-
-    Hooks that are the same place by another name are taken, with a warning that says so (see `our_name`).
-
-    Args:
-        saes: an SAE of either side of the MLP will do as well.
-    """
-    config = transcoder.config
-    whole("layer", layer, model.cfg.n_layers, "the model")
-    if {config.d_in, config.d_out} != {model.cfg.d_model}:
-        raise ValueError(
-            f"the transcoder of layer {layer} reads width {config.d_in} and writes width {config.d_out}; this model "
-            f"has width {model.cfg.d_model}: they do not belong together"
-        )
-    found, ours = (config.hook_in, config.hook_out), (hook_in(layer), hook_out(layer))
-    reads, writes = (
-        hook if hook.endswith("mlp.hook_in") and not folded(model, layer) else our_name(hook) for hook in found
-    )
-    if (reads, writes) != ours and not (saes and reads == writes and reads in ours):
-        where = " and behind LayerNorm's gain and bias, which this model has" * (found[0].endswith(".mlp.hook_in"))
-        raise ValueError(
-            f"the dictionary of layer {layer} reads {found[0]}{where}, and writes {found[1]}; a transcoder of this "
-            f"layer reads {ours[0]} and writes {ours[1]}"
-        )
-    for theirs, name in zip(found, (reads, writes), strict=True):
-        if theirs != name and norm_after(model, layer, theirs) is None:
-            said = f"{theirs} of the transcoder of layer {layer} is taken as {name}: the same place"
-            warnings.warn(said, stacklevel=3)
-
-
-def check_dtype(model: TransformerBridge, layer: int, transcoder: Transcoder) -> None:
-    """Refuse a transcoder of another precision than the model's."""
-    theirs, ours = transcoder.W_enc.dtype, next(model.parameters()).dtype
-    if theirs != ours:
-        raise ValueError(
-            f"the transcoder of layer {layer} is in {theirs}, but the model computes in {ours}: load it with "
-            f"load_transcoders(..., dtype={ours})"
-        )
 
 
 def _check_fit(trace: Trace) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from tclib.features import build
+from tclib.replacement_model import ReplacementModel
 from tests.tiny import make_model, make_transcoder
 
 
@@ -17,7 +18,7 @@ def main(folder: Path) -> None:
     tokens = torch.randint(0, 40, (640, 16), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 40
     build.PART_TOKENS = build.BATCH_ROWS * 16
-    build.build_index(model, {0: make_transcoder(0)}, tokens, folder / "index")
+    build.build_index(ReplacementModel(model, {0: make_transcoder(0)}), tokens, folder / "index")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_every_architecture_learns_and_keeps_its_sparsity(model, tokens, kind, s
     trained, history = tc.train(model, tokens, [1], config)
     assert history["fvu"].iloc[-1] < 0.7 < history["fvu"].iloc[0]
     trained[1].save(tmp_path / "layer_1", dtype=torch.float32)
-    row = evaluation.reconstruction(model, tc.load_transcoders(tmp_path), tokens).iloc[0]
+    row = evaluation.reconstruction(tc.ReplacementModel(model, tc.load_transcoders(tmp_path)), tokens).iloc[0]
     assert row["fvu"] < 0.75
     # The last batches must look like the finished transcoder, thresholds included, or the scaling was folded wrongly.
     assert row["fvu"] == pytest.approx(history["fvu"].iloc[-1], rel=0.35)

@@ -43,7 +43,7 @@ def make_trace(models, which=0, architecture=0, seed=0, skip_layer=None):
         if layer != skip_layer
     }
     ids = torch.randint(0, 40, (WORDS,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return tc.trace(models[which], transcoders, " ".join(f"w{i}" for i in ids), check_fit=False)
+    return tc.trace(tc.ReplacementModel(models[which], transcoders), " ".join(f"w{i}" for i in ids), check_fit=False)
 
 
 question = {

@@ -51,7 +51,7 @@ def make_trace(models, which, architecture, seed, skip_layer=None, words=6, doub
         transcoders = {layer: transcoder.double() for layer, transcoder in transcoders.items()}
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 40, (words,), generator=generator).tolist()
-    return tc.trace(model, transcoders, " ".join(f"w{i}" for i in ids), check_fit=False)
+    return tc.trace(tc.ReplacementModel(model, transcoders), " ".join(f"w{i}" for i in ids), check_fit=False)
 
 
 def any_target(trace, position, data):
@@ -257,12 +257,21 @@ def test_an_unbalanced_table_is_an_error(models):
         (lambda t: targets.logit(t, "w1 w2"), "is 2 tokens"),
         (lambda t: targets.direction(t, torch.zeros(3), "mlp_in", 0), "not \\(32,\\)"),
         (lambda t: targets.head_source(t, targets.feature(t, 1, 0), 1, 4, 0), "head 4 is outside the layer"),
-        (lambda t: tc.trace(t.model, t.transcoders, " "), "prompt is empty"),
-        (lambda t: tc.trace(t.model, t.transcoders, "w1 " * 16), "17 tokens with BOS"),
-        (lambda t: tc.trace(t.model, {5: t.transcoders[1]}, "w1"), "layer 5 is outside the model"),
-        (lambda t: tc.trace(t.model, {0: t.transcoders[1]}, "w1"), "dictionary of layer 0 reads blocks.1"),
-        (lambda t: tc.trace(t.model, t.transcoders, "w1 w2"), "further from this model's MLP than zero"),
-        (lambda t: tc.trace(t.model, t.transcoders, torch.ones(2, 3, dtype=torch.long)), "give one row of 1 to 16"),
+        (lambda t: tc.trace(tc.ReplacementModel(t.model, t.transcoders), " "), "prompt is empty"),
+        (lambda t: tc.trace(tc.ReplacementModel(t.model, t.transcoders), "w1 " * 16), "17 tokens with BOS"),
+        (lambda t: tc.trace(tc.ReplacementModel(t.model, {5: t.transcoders[1]}), "w1"), "layer 5 is outside the model"),
+        (
+            lambda t: tc.trace(tc.ReplacementModel(t.model, {0: t.transcoders[1]}), "w1"),
+            "dictionary of layer 0 reads blocks.1",
+        ),
+        (
+            lambda t: tc.trace(tc.ReplacementModel(t.model, t.transcoders), "w1 w2"),
+            "further from this model's MLP than zero",
+        ),
+        (
+            lambda t: tc.trace(tc.ReplacementModel(t.model, t.transcoders), torch.ones(2, 3, dtype=torch.long)),
+            "give one row of 1 to 16",
+        ),
         (lambda t: targets.logit(t, 41), "token 41 is outside"),
     ],
 )

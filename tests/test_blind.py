@@ -206,7 +206,7 @@ def seal(world):
 
 def make_seal(world, index: int, **options) -> sealed.Seal:
     model, transcoders, text, z = world
-    return sealed.Seal(model, transcoders, LAYER, index, text.tokens, z[:, :, index], **options)
+    return sealed.Seal(tc.ReplacementModel(model, transcoders), LAYER, index, text.tokens, z[:, :, index], **options)
 
 
 def test_activations_are_those_of_a_plain_pass(world):
@@ -295,7 +295,7 @@ def test_examples_are_strong_and_drawn_by_the_seed(world, seal):
     assert min(seal.activations) >= z.max() / 2 and len(seal.activations) <= 3
     assert seal.activations == make_seal(world, index).activations
     with pytest.raises(ValueError, match="never fires"):
-        sealed.Seal(*world[:2], LAYER, index, world[2].tokens, 0 * z)
+        sealed.Seal(tc.ReplacementModel(*world[:2]), LAYER, index, world[2].tokens, 0 * z)
 
 
 def test_spread_counts_sources(world, seal):
@@ -460,32 +460,38 @@ def test_ratings_are_kept_at_once_and_found_again(tmp_path):
 def test_activation_is_that_of_a_trace(world):
     model, transcoders, text, _ = world
     prompt = text.tokens[0]
-    traced = tc.trace(model, transcoders, prompt, check_fit=False)
+    traced = tc.trace(tc.ReplacementModel(model, transcoders), prompt, check_fit=False)
     index = int(traced.features[LAYER][5].argmax())
-    ours = case_studies.activation(model, transcoders, prompt, LAYER, index, position=5)
+    ours = case_studies.activation(tc.ReplacementModel(model, transcoders), prompt, LAYER, index, position=5)
     assert ours == pytest.approx(traced.features[LAYER][5, index].item(), rel=1e-4)
-    replaced = case_studies.activation(model, transcoders, prompt, LAYER, index, position=5, replaced=range(LAYER))
+    replaced = case_studies.activation(
+        tc.ReplacementModel(model, transcoders), prompt, LAYER, index, position=5, replaced=range(LAYER)
+    )
     assert replaced != pytest.approx(ours)
 
 
 def test_patching_a_prompt_into_itself_changes_nothing(world):
     model, transcoders, text, _ = world
     one, other = text.tokens[0], text.tokens[1]
-    nothing = case_studies.patches(model, transcoders, one, one, LAYER, 3, position=4)
+    nothing = case_studies.patches(tc.ReplacementModel(model, transcoders), one, one, LAYER, 3, position=4)
     assert nothing[["keys_and_values", "values"]].abs().max(axis=None) < 1e-4
     assert len(nothing) == (LAYER + 1) * model.cfg.n_heads
-    something = case_studies.patches(model, transcoders, one, other, LAYER, 3, position=4, heads=[(1, 2)])
+    something = case_studies.patches(
+        tc.ReplacementModel(model, transcoders), one, other, LAYER, 3, position=4, heads=[(1, 2)]
+    )
     assert something[["keys_and_values", "values"]].abs().min(axis=None) > 1e-4
     with pytest.raises(ValueError, match="one length"):
-        case_studies.patches(model, transcoders, one, other[:-1], LAYER, 3, position=4)
+        case_studies.patches(tc.ReplacementModel(model, transcoders), one, other[:-1], LAYER, 3, position=4)
 
 
 def test_values_alone_are_what_attribution_predicts(world):
     """With the pattern as it is, the change of a last-layer head's output is linear in its value."""
     model, transcoders, text, _ = world
     one, other = text.tokens[0], text.tokens[1]
-    table = case_studies.patches(model, transcoders, one, other, LAYER, 3, position=4, heads=[(LAYER, 1)])
-    traces = [tc.trace(model, transcoders, prompt, check_fit=False) for prompt in (one, other)]
+    table = case_studies.patches(
+        tc.ReplacementModel(model, transcoders), one, other, LAYER, 3, position=4, heads=[(LAYER, 1)]
+    )
+    traces = [tc.trace(tc.ReplacementModel(model, transcoders), prompt, check_fit=False) for prompt in (one, other)]
     reads = targets.feature(traces[0], LAYER, 3)
     change = traces[1].cache[f"blocks.{LAYER}.attn.hook_v"][4, 1] - traces[0].cache[f"blocks.{LAYER}.attn.hook_v"][4, 1]
     weight = traces[0].cache[f"blocks.{LAYER}.attn.hook_pattern"][1, -1, 4]
@@ -497,7 +503,7 @@ def test_values_alone_are_what_attribution_predicts(world):
 def test_the_published_cases_fill_the_ledger(tmp_path):
     """On a random model of the right depth: every number has its place among the published ones."""
     model = make_model(tmp_path, layers=9, d_model=48, heads=12)
-    numbers = case_studies.published_cases(model, fitted(model, 400))
+    numbers = case_studies.published_cases(tc.ReplacementModel(model, fitted(model, 400)))
     assert all(np.isfinite(value) for value in numbers.values())
     entries = sorted({key.split("/")[0] for key in numbers})
     table = published.ledger(entries, on_gpt2=numbers)

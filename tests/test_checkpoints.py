@@ -169,7 +169,7 @@ def test_sets_for_todays_models_fit_them(tmp_path, monkeypatch, tool, family):
         with warnings.catch_warnings(action="error"):
             fvu = check_fit(model, layers, tokens)["fvu"]
         assert fvu.to_dict() == pytest.approx(unexplained, rel=1e-3) and fvu.max() < 0.7
-        trace = tc.trace(model, layers, tokens[0])
+        trace = tc.trace(tc.ReplacementModel(model, layers), tokens[0])
         tc.attribute(trace, targets.logit(trace, 3))
 
 

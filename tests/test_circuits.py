@@ -60,7 +60,7 @@ def make_trace(models, which, architecture, seed, skip_layer=None, words=2):
         if layer != skip_layer
     }
     ids = torch.randint(0, 40, (words,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return tc.trace(model, transcoders, " ".join(f"w{i}" for i in ids), check_fit=False)
+    return tc.trace(tc.ReplacementModel(model, transcoders), " ".join(f"w{i}" for i in ids), check_fit=False)
 
 
 def any_target(trace, which):

@@ -22,7 +22,7 @@ def trace(request, tmp_path_factory):
     blocks, processed = request.param
     model = make_model(tmp_path_factory.mktemp("model"), layers=3, seed=1, blocks=blocks, processed=processed)
     transcoders = {layer: make_transcoder(layer, seed=2) for layer in range(3)}
-    return tc.trace(model, transcoders, "w1 w5 w2 w9 w4", check_fit=False)
+    return tc.trace(tc.ReplacementModel(model, transcoders), "w1 w5 w2 w9 w4", check_fit=False)
 
 
 def test_pullback_is_the_invariant_column_of_the_table(trace):
@@ -85,17 +85,17 @@ def test_data_weighted_by_hand(trace):
     rows = torch.randint(0, 40, (6, 12), generator=torch.Generator().manual_seed(0))
     rows[:, 0] = 40
     index = int((trace.features[2] > 0).sum(0).argmax())
-    got = connections.data_weighted(model, transcoders, rows, 0, 2, index, batch_size=4)
+    got = connections.data_weighted(tc.ReplacementModel(model, transcoders), rows, 0, 2, index, batch_size=4)
     products, weighted, fired, count = 0.0, 0.0, 0.0, 0
     for row in rows[:2]:
-        one = tc.trace(model, transcoders, row, check_fit=False)
+        one = tc.trace(tc.ReplacementModel(model, transcoders), row, check_fit=False)
         for position in range(1, 12):
             z, count = one.features[2][position, index].item(), count + 1
             table = tc.attribute(one, targets.feature(one, 2, index, position))
             part = table[(table["kind"] == "feature") & (table["layer"] == 0)].set_index("feature")["contribution"]
             part = part.reindex(range(64), fill_value=0.0).astype(float)
             products, weighted, fired = products + part * (z > 0), weighted + part * z, fired + z
-    short = connections.data_weighted(model, transcoders, rows[:2], 0, 2, index)
+    short = connections.data_weighted(tc.ReplacementModel(model, transcoders), rows[:2], 0, 2, index)
     assert short["input_x_gradient"].to_numpy() == pytest.approx((products / count).to_numpy(), rel=1e-3, abs=1e-5)
     assert short["target_weighted"].to_numpy() == pytest.approx((weighted / fired).to_numpy(), rel=1e-3, abs=1e-5)
     assert got["input_invariant"].equals(short["input_invariant"])
@@ -143,7 +143,10 @@ def test_terms_holding():
         (lambda t: connections.pullback(t, targets.feature(t, 2, 0), 1, [(1, 0)]), "written after layer 1 reads"),
         (lambda t: connections.reader(t, targets.feature(t, 1, 0), [(2, 0)]), "head 2.0 does not come before"),
         (lambda t: connections.de_embed_through_mlp0(t, targets.feature(t, 0, 0)), "before MLP0 has written"),
-        (lambda t: connections.data_weighted(t.model, t.transcoders, t.tokens[None], 2, 1, 0), "the earlier one first"),
+        (
+            lambda t: connections.data_weighted(tc.ReplacementModel(t.model, t.transcoders), t.tokens[None], 2, 1, 0),
+            "the earlier one first",
+        ),
         (lambda t: factorisation.by_sae(t, t.transcoders[1], 1, 0, torch.zeros(32)), "needs an SAE of"),
     ],
 )

@@ -62,7 +62,7 @@ def make_trace(models, family="gpt2", processed=False, double=True, first=0, bef
     for part in parts.values():
         part.to(model.W_E.dtype)
     ids = torch.randint(0, 40, (WORDS,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return tc.trace(model, parts, " ".join(f"w{i}" for i in ids), check_fit=False)
+    return tc.trace(tc.ReplacementModel(model, parts), " ".join(f"w{i}" for i in ids), check_fit=False)
 
 
 question = {
@@ -210,7 +210,7 @@ def test_evaluation_is_its_definition(models):
     parts = make_set(seed=5)
     tokens = torch.randint(0, 40, (12, 16), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 40
-    table = tc.evaluate(model, parts, tokens).set_index("layer")
+    table = tc.evaluate(tc.ReplacementModel(model, parts), tokens).set_index("layer")
     _, cache = model.run_with_cache(tokens)
     keep = tokens != 40
     z = {layer: part.encode(cache[hook_in(layer)]) for layer, part in parts.items()}
@@ -220,7 +220,7 @@ def test_evaluation_is_its_definition(models):
         expected = (y - out).pow(2).sum() / (y - y.mean(0)).pow(2).sum()
         assert table["fvu"][layer] == pytest.approx(expected.item(), rel=1e-4)
         assert table["l0"][layer] == pytest.approx((z[layer][keep] > 0).float().sum(-1).mean().item(), rel=1e-4)
-    everything = evaluation.measure(model, parts, tokens).groups.set_index("layer")
+    everything = evaluation.measure(tc.ReplacementModel(model, parts), tokens).groups.set_index("layer")
     assert np.isfinite(everything["ce_replaced"]).all() and everything.index[-1] == "all"
 
 
@@ -356,7 +356,9 @@ def test_it_learns_and_is_saved(model, tokens, changes, tmp_path):
     assert set(history["layer"]) == {0, 1} and trained[0].W_dec.shape[1] == 2 and trained[1].W_dec.shape[1] == 1
     assert (history.groupby("layer")["fvu"].last() < 0.7).all()
     tc.save_transcoders(trained, tmp_path / "set")
-    table = evaluation.reconstruction(model, tc.load_transcoders(tmp_path / "set", device="cpu"), tokens)
+    table = evaluation.reconstruction(
+        tc.ReplacementModel(model, tc.load_transcoders(tmp_path / "set", device="cpu")), tokens
+    )
     assert table["fvu"].to_numpy() == pytest.approx(history.groupby("layer")["fvu"].last().to_numpy(), rel=0.35)
 
 
@@ -473,10 +475,11 @@ def test_what_is_refused(models, model, tokens, tmp_path):
     parts = make_set()
     two = {0: parts[0], 2: parts[2]}
     trace_of = models("gpt2")
+    joined = tc.ReplacementModel
     for ask, sentence in [
-        (lambda: tc.trace(trace_of, two, "w1 w2"), "writes to layers 0 to 2, and the set has no part for layer 1"),
-        (lambda: tc.evaluate(trace_of, two, torch.tensor([[40, 1, 2]])), "has no part for layer 1"),
-        (lambda: tc.trace(trace_of, parts | {1: make_transcoder(1)}, "w1"), "no part for layer 1"),
+        (lambda: tc.trace(joined(trace_of, two), "w1"), "writes to layers 0 to 2, and the set has no part for layer 1"),
+        (lambda: tc.evaluate(joined(trace_of, two), torch.tensor([[40, 1, 2]])), "has no part for layer 1"),
+        (lambda: tc.trace(joined(trace_of, parts | {1: make_transcoder(1)}), "w1"), "no part for layer 1"),
         (lambda: parts[0](torch.zeros(1, 32)), "imitate an MLP together"),
         (lambda: interventions.replace_mlp(0, parts[0]), "use replace_mlps"),
         (lambda: interventions.replace_mlps(parts, [3]), "layer 3 has no transcoder"),

@@ -43,7 +43,7 @@ def transcoders():
 def built(model, transcoders, tmp_path_factory):
     tokens = torch.randint(0, 40, (24, 16), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 40
-    return build_index(model, transcoders, tokens, tmp_path_factory.mktemp("index") / "all")
+    return build_index(tc.ReplacementModel(model, transcoders), tokens, tmp_path_factory.mktemp("index") / "all")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def feature(built):
 
 @pytest.fixture(scope="module")
 def made(model, transcoders, built, truth, feature):
-    return dashboard.collect(model, transcoders, built, 1, feature, truth)
+    return dashboard.collect(tc.ReplacementModel(model, transcoders), built, 1, feature, truth)
 
 
 class Reader(HTMLParser):
@@ -88,7 +88,7 @@ def test_its_numbers_are_those_of_the_functions_it_stands_on(model, transcoders,
     s = made.statistics
     assert s["count"] == FeatureActivations(built, 1, feature).count and s["frequency"] == s["count"] / built.n_tokens
     assert s["max"] == FeatureActivations(built, 1, feature).top(1)["activation"][0] and s["live"]
-    trace = tc.trace(model, transcoders, "w1 w2 w3", check_fit=False)
+    trace = tc.trace(tc.ReplacementModel(model, transcoders), "w1 w2 w3", check_fit=False)
     target = targets.feature(trace, 1, feature, 2)
     pd.testing.assert_series_equal(made.logit_lens, connections.logit_lens(trace, 1, feature))
     # Read at another prompt: input-invariant means just that.
@@ -138,16 +138,18 @@ def test_the_same_page_twice(made):
 
 
 def test_a_feature_that_never_fired_has_a_page(model, transcoders, built, truth):
-    d = dashboard.collect(model, transcoders, built, 1, SILENT, truth)
+    d = dashboard.collect(tc.ReplacementModel(model, transcoders), built, 1, SILENT, truth)
     assert d.statistics["count"] == 0 and not d.examples and d.labels is None
     assert "never fired on 360 tokens" in dashboard_page.dashboard_html(d)
-    first = dashboard.collect(model, transcoders, built, 0, 0)
+    first = dashboard.collect(tc.ReplacementModel(model, transcoders), built, 0, 0)
     assert first.incoming.empty and "tokens" in dashboard_page.dashboard_html(first)
     plt.close("all")
 
 
 def test_export_links_pages_and_lists_every_feature(model, transcoders, built, truth, feature, tmp_path):
-    listing = dashboard_page.export(model, transcoders, built, 1, [feature, SILENT], tmp_path / "pages", truth)
+    listing = dashboard_page.export(
+        tc.ReplacementModel(model, transcoders), built, 1, [feature, SILENT], tmp_path / "pages", truth
+    )
     found = Reader(listing.read_text(encoding="utf-8"))
     links = [attributes["href"] for tag, attributes in found.tags if tag == "a"]
     assert sorted(links) == sorted(f"layer_1_feature_{f}.html" for f in (feature, SILENT))
@@ -180,14 +182,14 @@ def test_tokens_cannot_break_out(made):
 
 def test_bad_input_gets_one_sentence(model, transcoders, built):
     with pytest.raises(ValueError, match="layer 1 has no transcoder"):
-        dashboard.collect(model, {0: transcoders[0]}, built, 1, 0)
+        dashboard.collect(tc.ReplacementModel(model, {0: transcoders[0]}), built, 1, 0)
     with pytest.raises(ValueError, match="layer 7 is not in this index"):
-        dashboard.collect(model, transcoders, built, 7, 0)
+        dashboard.collect(tc.ReplacementModel(model, transcoders), built, 7, 0)
     with pytest.raises(ValueError, match="feature 64 is outside"):
-        dashboard.collect(model, transcoders, built, 1, 64)
+        dashboard.collect(tc.ReplacementModel(model, transcoders), built, 1, 64)
     other = {**transcoders, 1: make_transcoder(1, seed=8)}
     with pytest.raises(ValueError, match="was made from transcoder .* of layer 1, not from this one"):
-        dashboard.collect(model, other, built, 1, 0)
+        dashboard.collect(tc.ReplacementModel(model, other), built, 1, 0)
 
 
 def test_neuronpedia_only_where_there_is_a_page():

@@ -61,12 +61,14 @@ def model():
 
 
 def test_model_tokens_and_transcoders_belong_together(model):
-    trace = tc.trace(model, tc.load_transcoders(), "The war lasted from the year 1732 to the year 17")
+    trace = tc.trace(
+        tc.ReplacementModel(model, tc.load_transcoders()), "The war lasted from the year 1732 to the year 17"
+    )
     assert trace.token_strings[0] == "<bos>" and trace.token_strings[-1] == " 17"
     assert trace.token_strings[7:9] == [" 17", "32"]
     tokens = text.load_text(model, "chronicle", 16)
     report = json.loads((DATA / "transcoders" / "report.json").read_text(encoding="utf-8"))
-    table = tc.evaluate(model, tc.load_transcoders(), tokens).set_index("layer")
+    table = tc.evaluate(tc.ReplacementModel(model, tc.load_transcoders()), tokens).set_index("layer")
     for layer, row in table.iterrows():
         assert row["fvu"] == pytest.approx(report["chronicle"][str(layer)]["fvu"], rel=0.35, abs=0.02)
 

@@ -28,8 +28,8 @@ def test_every_public_name_is_on_the_page_and_exists():
 def test_table_columns_are_on_the_page(tmp_path):
     model = make_model(tmp_path)
     transcoders = {0: make_transcoder(0)}
-    tokens = tc.trace(model, {}, "w1 w2 w3").tokens
-    table = evaluation.evaluate(model, transcoders, tokens[None])
+    tokens = tc.trace(tc.ReplacementModel(model, {}), "w1 w2 w3").tokens
+    table = evaluation.evaluate(tc.ReplacementModel(model, transcoders), tokens[None])
     for column in [*table.columns, *attribution.COLUMNS]:
         assert f"`{column}`" in PAGE, column
 

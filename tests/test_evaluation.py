@@ -43,7 +43,7 @@ def transcoders():
 
 @pytest.fixture(scope="module")
 def measured(model, transcoders, tokens):
-    return evaluation.measure(model, transcoders, tokens, replicates=50)
+    return evaluation.measure(tc.ReplacementModel(model, transcoders), tokens, replicates=50)
 
 
 # ---- metrics
@@ -57,7 +57,7 @@ def test_reconstruction_with_and_without_bos_against_numpy(model, transcoders, t
         t = transcoders[1]
         z = np.maximum(x @ t.W_enc.numpy() + t.b_enc.numpy(), 0)
         imitation = z @ t.W_dec.numpy() + t.b_dec.numpy()
-        m = evaluation.measure(model, {1: t}, tokens, batch_size=7, groups={}, bos=bos)
+        m = evaluation.measure(tc.ReplacementModel(model, {1: t}), tokens, batch_size=7, groups={}, bos=bos)
         row = m.layers.iloc[0]
         assert row["tokens"] == keep.sum()
         assert row["l0"] == pytest.approx((z > 0).sum(1).mean(), rel=1e-6)
@@ -73,7 +73,7 @@ def test_replacement_against_logits(model, transcoders, tokens):
     log_p, log_q = (run(model, tokens, h)[:, :-1].log_softmax(-1).double() for h in ([], hooks))
     targets = tokens[:, 1:]
     keep = targets != BOS
-    table = evaluation.measure(model, transcoders, tokens, batch_size=5).groups.set_index("layer")
+    table = evaluation.measure(tc.ReplacementModel(model, transcoders), tokens, batch_size=5).groups.set_index("layer")
     assert list(table.index) == [0, 1, 2, "up to 1", "all"]
     row = table.loc["up to 1"]
     assert row["ce"] == pytest.approx(-log_p.gather(-1, targets[..., None])[..., 0][keep].mean().item(), rel=1e-5)
@@ -87,8 +87,10 @@ def test_replacement_against_logits(model, transcoders, tokens):
 
 def test_one_pass_agrees_with_its_parts(model, transcoders, tokens, measured):
     plain = measured.layers[measured.layers["replicate"] == 0].drop(columns="replicate").reset_index(drop=True)
-    pd.testing.assert_frame_equal(plain, evaluation.reconstruction(model, transcoders, tokens, batch_size=5), rtol=1e-6)
-    both = evaluation.evaluate(model, transcoders, tokens)
+    pd.testing.assert_frame_equal(
+        plain, evaluation.reconstruction(tc.ReplacementModel(model, transcoders), tokens, batch_size=5), rtol=1e-6
+    )
+    both = evaluation.evaluate(tc.ReplacementModel(model, transcoders), tokens)
     assert list(both["layer"]) == [0, 1, 2] and {"l0", "kl", "recovered"} <= set(both)
     zero = evaluation.faithfulness(model, tokens, {"edited": ablate_mlp(1)})["ce"].iloc[1]
     assert both["ce_zero"][1] == pytest.approx(zero, rel=1e-6)
@@ -99,7 +101,7 @@ def test_a_perfect_transcoder_loses_nothing_and_zero_recovers_nothing(model, tok
     nothing = make_transcoder(0)
     for parameter in nothing.parameters():
         parameter.zero_()
-    row = evaluation.measure(model, {0: nothing}, tokens).groups.iloc[0]
+    row = evaluation.measure(tc.ReplacementModel(model, {0: nothing}), tokens).groups.iloc[0]
     assert row["recovered"] == pytest.approx(0, abs=1e-5) and row["kl"] > 0
     identity = tc.Transcoder(
         make_transcoder(1, d_features=64).config.model_copy(
@@ -109,7 +111,7 @@ def test_a_perfect_transcoder_loses_nothing_and_zero_recovers_nothing(model, tok
     eye = torch.eye(32)
     identity.W_enc.copy_(torch.cat([eye, -eye], dim=1))
     identity.W_dec.copy_(torch.cat([eye, -eye], dim=0))
-    row = evaluation.evaluate(model, {1: identity}, tokens).iloc[0]
+    row = evaluation.evaluate(tc.ReplacementModel(model, {1: identity}), tokens).iloc[0]
     assert row["fvu"] == pytest.approx(0, abs=1e-9) and row["cosine"] == pytest.approx(1)
     assert row["recovered"] == pytest.approx(1) and row["top1"] == 1 and row["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -130,7 +132,7 @@ def test_positions_add_up_to_the_whole(measured, tokens):
 
 
 def test_memory_does_not_grow_with_the_text(model, transcoders, tokens, measured):
-    longer = evaluation.measure(model, transcoders, tokens.repeat(3, 1), replicates=50)
+    longer = evaluation.measure(tc.ReplacementModel(model, transcoders), tokens.repeat(3, 1), replicates=50)
     for name in ("layers", "groups", "positions"):
         assert getattr(longer, name).shape == getattr(measured, name).shape
     first = longer.layers[longer.layers["replicate"] == 0]["fvu"].to_numpy()
@@ -141,7 +143,7 @@ def test_memory_does_not_grow_with_the_text(model, transcoders, tokens, measured
 
 
 def test_replicates_do_not_depend_on_the_batch_size_and_are_paired(model, transcoders, tokens, measured):
-    again = evaluation.measure(model, transcoders, tokens, batch_size=5, replicates=50)
+    again = evaluation.measure(tc.ReplacementModel(model, transcoders), tokens, batch_size=5, replicates=50)
     pd.testing.assert_frame_equal(again.layers, measured.layers, rtol=1e-5)
     alone = evaluation.faithfulness(
         model, tokens, {"x": evaluation.replacement_hooks(2, transcoders[2])}, replicates=50
@@ -151,7 +153,9 @@ def test_replicates_do_not_depend_on_the_batch_size_and_are_paired(model, transc
 
 
 def test_interval_over_rows_is_that_of_the_mean(model, tokens, transcoders):
-    table = evaluation.measure(model, {0: transcoders[0]}, tokens, groups={}, replicates=2000).layers
+    table = evaluation.measure(
+        tc.ReplacementModel(model, {0: transcoders[0]}), tokens, groups={}, replicates=2000
+    ).layers
     found = stats.over_rows(table, ["layer"]).set_index("metric")
     keep = tokens != BOS
     z = transcoders[0].encode(next(mlp_activations(model, tokens, [0], 64))[0].x)
@@ -177,7 +181,7 @@ def test_interval_over_seeds_is_students():
 
 def test_intervals_need_replicates(model, transcoders, tokens):
     with pytest.raises(ValueError, match="no replicates"):
-        stats.over_rows(evaluation.reconstruction(model, transcoders, tokens), ["layer"])
+        stats.over_rows(evaluation.reconstruction(tc.ReplacementModel(model, transcoders), tokens), ["layer"])
 
 
 # ---- fronts and controls
@@ -402,8 +406,9 @@ def test_fronts_file_is_complete_and_fair():
 )
 def test_bad_input_gets_one_sentence(model, tokens, change, message):
     fresh = {layer: make_transcoder(layer) for layer in range(2)}
+    transcoders, rows = change(fresh, tokens)
     with pytest.raises(ValueError, match=message) as error:
-        evaluation.evaluate(model, *change(fresh, tokens))
+        evaluation.evaluate(tc.ReplacementModel(model, transcoders), rows)
     assert "\n" not in str(error.value)
 
 
@@ -412,11 +417,11 @@ def test_weights_that_are_not_finite_and_missing_layers(model, tokens, transcode
     for bad in ([math.nan], [math.inf], [math.inf, -math.inf]):
         broken.W_dec[0, : len(bad)] = torch.tensor(bad)
         with pytest.raises(ValueError, match="W_dec of the transcoder of layer 1 holds NaN"):
-            evaluation.evaluate(model, {0: transcoders[0], 1: broken}, tokens)
+            evaluation.evaluate(tc.ReplacementModel(model, {0: transcoders[0], 1: broken}), tokens)
     broken.W_dec[0] = 3e38  # their sum is infinite, but none of them
-    check(model, {1: broken}, tokens)
+    check(tc.ReplacementModel(model, {1: broken}), tokens)
     with pytest.raises(ValueError, match="layer 2 has no transcoder"):
-        evaluation.measure(model, {0: transcoders[0]}, tokens, groups={"both": [0, 2]})
+        evaluation.measure(tc.ReplacementModel(model, {0: transcoders[0]}), tokens, groups={"both": [0, 2]})
 
 
 def test_text_shorter_than_one_context(model, tmp_path):

@@ -46,13 +46,13 @@ NUMBERS = itertools.count(1)
 def parts(tmp_path_factory) -> tuple:
     model, transcoders = tc.load_model(device="cpu"), tc.load_transcoders(device="cpu")
     tokens = tc.load_text(model, "chronicle", 32)
-    index = build_index(model, transcoders, tokens, tmp_path_factory.mktemp("index") / "i")
-    return model, transcoders, load_summary(model, transcoders), index
+    index = build_index(tc.ReplacementModel(model, transcoders), tokens, tmp_path_factory.mktemp("index") / "i")
+    return model, transcoders, load_summary(tc.ReplacementModel(model, transcoders)), index
 
 
 @pytest.fixture(scope="module")
 def traced(parts):
-    return tc.trace(parts[0], parts[1], PROMPT)
+    return tc.trace(tc.ReplacementModel(*parts[:2]), PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +69,12 @@ def circuit(traced, answer):
 def shells(parts) -> dict[str, base.Explorer]:
     model, transcoders, summary, index = parts
     return {
-        "microscope": ui.Microscope(model, transcoders, PROMPT),
-        "browser": ui.Browser(model, transcoders, summary),
-        "walker": ui.Walker(model, transcoders, PROMPT, "45", "20"),
-        "editor": ui.Editor(model, transcoders, PROMPT, "45", "20"),
+        "microscope": ui.Microscope(tc.ReplacementModel(model, transcoders), PROMPT),
+        "browser": ui.Browser(tc.ReplacementModel(model, transcoders), summary),
+        "walker": ui.Walker(tc.ReplacementModel(model, transcoders), PROMPT, "45", "20"),
+        "editor": ui.Editor(tc.ReplacementModel(model, transcoders), PROMPT, "45", "20"),
         "weights": ui.Weights(transcoders, index, 2, 1334),
-        "lab": ui.Lab(model, transcoders, nouns=["war", "siege"]),
+        "lab": ui.Lab(tc.ReplacementModel(model, transcoders), nouns=["war", "siege"]),
     }
 
 
@@ -106,7 +106,7 @@ def test_grid_of_silence(tmp_path):
     model = make_model(tmp_path)
     silent = make_transcoder(0)
     silent.b_enc.fill_(-1e6)
-    table = microscope.grid(tc.trace(model, {0: silent}, "w1 w2", check_fit=False))
+    table = microscope.grid(tc.trace(tc.ReplacementModel(model, {0: silent}), "w1 w2", check_fit=False))
     assert (table["active"] == 0).all() and table["strongest"].isna().all()
     assert "mlp0" in microscope.grid_html(table, 0, 1)
 
@@ -350,8 +350,8 @@ def place(name: str) -> tuple[int, int, int]:
 
 def test_the_graph_that_the_page_gets(parts):
     model, transcoders, *_ = parts
-    names = Names(model, transcoders, tc.load_text(model, "chronicle", 8))
-    shell = ui.Editor(model, transcoders, PROMPT, names=names)
+    names = Names(tc.ReplacementModel(model, transcoders), tc.load_text(model, "chronicle", 8))
+    shell = ui.Editor(tc.ReplacementModel(model, transcoders), PROMPT, names=names)
     sent = told(shell.data)
     assert sent["file"] == shell.file and sent["modes"] == list(editing.FROZEN)
     targets_of = [node for node in shell.file["nodes"] if node["feature_type"] == "logit"]
@@ -372,7 +372,7 @@ def test_the_graph_that_the_page_gets(parts):
 def test_measured_by_hand(parts):
     """What the page is told, against the library's own intervention."""
     model, transcoders = parts[:2]
-    shell = ui.Editor(model, transcoders, PROMPT, "45", "20")
+    shell = ui.Editor(tc.ReplacementModel(model, transcoders), PROMPT, "45", "20")
     here = len(shell.trace.tokens) - 1
     name = next(n for n in strongest(shell) if n.startswith("2_") and n.endswith(f"_{here}"))
     shell.asked.value = said(shell, pinnedIds=[name], edits=[[name, 12.5]])
@@ -426,7 +426,9 @@ def check_frozen(traced, whole, answer, rows, values):
 def test_cross_layer_and_other_transcoders_are_edited_too(parts, tmp_path):
     model = parts[0]
     for kind in ("cross_layer", "skip"):
-        shell = ui.Editor(model, tc.load_transcoders(tc.data_path("clt", kind), device="cpu"), PROMPT, "45", "20")
+        shell = ui.Editor(
+            tc.ReplacementModel(model, tc.load_transcoders(tc.data_path("clt", kind), device="cpu")), PROMPT, "45", "20"
+        )
         names = strongest(shell)[:3]
         shell.asked.value = said(shell, edits=[[name, 0] for name in names], frozen=HELD[1])
         assert not wrong(shell) and set(names) <= told(shell.result)["after"].keys(), shell.status.value
@@ -515,7 +517,7 @@ def test_the_drawing_fits_a_page(circuit):
 
 
 def test_no_state_of_a_graph_that_is_gone(parts):
-    shell = ui.Editor(*parts[:2], PROMPT, "45", "20")
+    shell = ui.Editor(tc.ReplacementModel(*parts[:2]), PROMPT, "45", "20")
     late = said(shell, pinnedIds=strongest(shell)[:1])
     shell.prompt.value = OTHER
     shell.asked.value = late
@@ -523,7 +525,7 @@ def test_no_state_of_a_graph_that_is_gone(parts):
 
 
 def test_another_prompt_lets_go_of_nodes_at_other_tokens(parts):
-    shell = ui.Editor(*parts[:2], PROMPT, "45", "20")
+    shell = ui.Editor(tc.ReplacementModel(*parts[:2]), PROMPT, "45", "20")
     last = [name for name in strongest(shell) if name.endswith("_12")][:3]
     weak = next(name for name in reversed(strongest(shell)) if name not in last)
     shell.asked.value = said(
@@ -549,11 +551,11 @@ def opened(shell, file: dict) -> str:
 
 
 def test_a_file_is_measured_if_it_is_of_this_model(parts, tmp_path):
-    shell = ui.Editor(*parts[:2], PROMPT.replace("war", "siege"), "45", "20")
+    shell = ui.Editor(tc.ReplacementModel(*parts[:2]), PROMPT.replace("war", "siege"), "45", "20")
     name = strongest(shell)[0]
     shell.asked.value = said(shell, pinnedIds=[name], edits=[[name, 0.0]])
     file, measured = shell.file | {"qParams": shell.state}, told(shell.result)["after"][name]
-    other = ui.Editor(*parts[:2], PROMPT)
+    other = ui.Editor(tc.ReplacementModel(*parts[:2]), PROMPT)
     other.asked.value = opened(other, file)
     assert not wrong(other) and "can be edited" in other.status.value and other.token.value == "45"
     assert other.state == file["qParams"] and told(other.result)["after"][name] == measured
@@ -569,7 +571,7 @@ def test_a_file_is_measured_if_it_is_of_this_model(parts, tmp_path):
 
 
 def test_a_link_brings_its_prompt_along(parts):
-    shell = ui.Editor(*parts[:2], PROMPT, "45", "20")
+    shell = ui.Editor(tc.ReplacementModel(*parts[:2]), PROMPT, "45", "20")
     name = strongest(shell)[0]
     link = {"prompt": PROMPT, "answer": "45", "other": "20", "pinnedIds": name, "supernodes": json.dumps([["g", name]]),
             "edits": json.dumps([[name, 0.0]]), "frozen": HELD[1], "pruningThreshold": "0.5"}  # fmt: skip
@@ -584,7 +586,10 @@ def test_a_link_brings_its_prompt_along(parts):
 
 def test_the_likeliest_next_tokens_are_one_click_away(parts, traced):
     best = traced.logits[-1].softmax(-1).topk(5)
-    for shell in (ui.Walker(*parts[:2], PROMPT, "45"), ui.Editor(*parts[:2], PROMPT, "45")):
+    for shell in (
+        ui.Walker(tc.ReplacementModel(*parts[:2]), PROMPT, "45"),
+        ui.Editor(tc.ReplacementModel(*parts[:2]), PROMPT, "45"),
+    ):
         row = shell.question.likeliest
         texts = [repr(parts[0].tokenizer.decode([i])) for i in best.indices.tolist()]
         for button, text, share in zip(row, texts, best.values.tolist(), strict=True):
@@ -604,7 +609,7 @@ def test_every_token_can_be_asked_for(parts):
 
 
 def test_pieces_of_letters_are_shown_as_bytes(parts):
-    traced = tc.trace(*parts[:2], "a \u65e5")
+    traced = tc.trace(tc.ReplacementModel(*parts[:2]), "a \u65e5")
     text = "".join(traced.token_strings[1:])
     assert "\ufffd" not in text and re.search(r"<[0-9A-F]{2}( [0-9A-F]{2})*>", text)
     grid = microscope.grid_html(microscope.grid(traced), 0, 1)
@@ -612,18 +617,18 @@ def test_pieces_of_letters_are_shown_as_bytes(parts):
 
 
 def test_prompts_of_several_lines(parts):
-    shell = ui.Walker(*parts[:2], PROMPT, "45")
+    shell = ui.Walker(tc.ReplacementModel(*parts[:2]), PROMPT, "45")
     shell.prompt.value = "The war ended.\nThe siege lasted"
     assert not wrong(shell) and any("\n" in token for token in shell.trace.token_strings)
 
 
 def test_one_selection_for_all(parts):
     model, transcoders, summary, index = parts
-    selected = ui.Selected(model, transcoders)
-    scope = ui.Microscope(model, transcoders, PROMPT, selected)
-    found = ui.Browser(model, transcoders, summary, index, selected)
-    walk = ui.Walker(model, transcoders, PROMPT, "45", "20", selected)
-    edit = ui.Editor(model, transcoders, PROMPT, "45", "20", selected)
+    selected = ui.Selected(tc.ReplacementModel(model, transcoders))
+    scope = ui.Microscope(tc.ReplacementModel(model, transcoders), PROMPT, selected)
+    found = ui.Browser(tc.ReplacementModel(model, transcoders), summary, index, selected)
+    walk = ui.Walker(tc.ReplacementModel(model, transcoders), PROMPT, "45", "20", selected)
+    edit = ui.Editor(tc.ReplacementModel(model, transcoders), PROMPT, "45", "20", selected)
     by_weights = ui.Weights(transcoders, index, 2, 1334, selected)
     assert selected.feature is None and selected.card.value == ""
     for shell in (scope, walk, edit, by_weights):
@@ -646,7 +651,7 @@ def test_one_selection_for_all(parts):
 
 def test_cards_explain_bands_and_have_a_histogram(parts):
     model, transcoders, summary, index = parts
-    text = browser.card(tc.trace(model, transcoders, PROMPT), summary, 2, 1334, index)
+    text = browser.card(tc.trace(tc.ReplacementModel(model, transcoders), PROMPT), summary, 2, 1334, index)
     assert "band 1 of 5" in text and "cut into 5 parts of equal number, band 1 the strongest" in text
     section = text[text.index("its activations on") :]
     counts = [int(n.replace(",", "")) for n in re.findall(r"text-align: right[^>]*>([\d,]+)</td>", section)]
@@ -693,7 +698,7 @@ def test_many_paths_are_cut(parts, traced, monkeypatch):
 @pytest.mark.parametrize("kind", ["Walker", "Editor"])
 def test_half_a_change_is_none(parts, kind):
     """A new prompt with a token that is none: nothing of the new prompt may mix with the old view."""
-    shell = getattr(ui, kind)(*parts[:2], PROMPT, "45", "20")
+    shell = getattr(ui, kind)(tc.ReplacementModel(*parts[:2]), PROMPT, "45", "20")
     before = shell.trace
     with shell.answering():
         shell.token.value = "not one token"
@@ -704,7 +709,7 @@ def test_half_a_change_is_none(parts, kind):
 
 
 def test_up_goes_back_to_the_very_same_view(parts):
-    shell = ui.Walker(*parts[:2], PROMPT, "45", "20")
+    shell = ui.Walker(tc.ReplacementModel(*parts[:2]), PROMPT, "45", "20")
     shell.source.value = shell.source.options[1][1]
     before = shell.path.value
     shell.down.click()
@@ -737,11 +742,11 @@ BAD = [
 def test_bad_input_is_one_sentence_and_the_view_stays(parts, name, control, value, sentence):
     model, transcoders, summary, index = parts
     shell = {
-        "microscope": lambda: ui.Microscope(model, transcoders, PROMPT),
-        "walker": lambda: ui.Walker(model, transcoders, PROMPT, "45", "20"),
-        "editor": lambda: ui.Editor(model, transcoders, PROMPT, "45", "20"),
+        "microscope": lambda: ui.Microscope(tc.ReplacementModel(model, transcoders), PROMPT),
+        "walker": lambda: ui.Walker(tc.ReplacementModel(model, transcoders), PROMPT, "45", "20"),
+        "editor": lambda: ui.Editor(tc.ReplacementModel(model, transcoders), PROMPT, "45", "20"),
         "weights": lambda: ui.Weights(transcoders, index, 2, 1334),
-        "browser": lambda: ui.Browser(model, transcoders, summary),
+        "browser": lambda: ui.Browser(tc.ReplacementModel(model, transcoders), summary),
     }[name]()
     before, moved = views(shell), getattr(shell, control)
     moved.click() if value is None else setattr(moved, "value", value)
@@ -763,14 +768,14 @@ def test_a_feature_that_never_fired(parts):
     shell.feature.value = "1334"
     assert "fired on" in shell.status.value
     if len(dead):
-        shell = ui.Browser(model, transcoders, summary)
+        shell = ui.Browser(tc.ReplacementModel(model, transcoders), summary)
         shell.number.value = str(dead.iloc[0])
         assert "never fired" in shell.status.value and "never fired" in shell.card.value
 
 
 def test_wrong_arguments_are_raised(parts):
     with pytest.raises(ValueError, match="prompt is empty"):
-        ui.Walker(*parts[:2], "", "45")
+        ui.Walker(tc.ReplacementModel(*parts[:2]), "", "45")
     with pytest.raises(ValueError, match="at least two layers"):
         ui.Weights({0: parts[1][0]}, parts[3], 0, 1)
 
@@ -780,12 +785,12 @@ def test_other_models_have_explorers_too(tmp_path):
     transcoders = {layer: make_transcoder(layer) for layer in (0, 1)}
     tokens = torch.randint(0, 40, (8, 16))
     tokens[:, 0] = model.tokenizer.bos_token_id
-    index = build_index(model, transcoders, tokens, tmp_path / "i")
-    shell = ui.Browser(model, transcoders, summarise(index))
+    index = build_index(tc.ReplacementModel(model, transcoders), tokens, tmp_path / "i")
+    shell = ui.Browser(tc.ReplacementModel(model, transcoders), summarise(index))
     assert "fit" in shell.status.value
     assert "mlp0" in ui.Weights(transcoders, index, 1, 3).invariant.value
     with pytest.raises(ValueError, match="cannot do greater-than"):
-        ui.Lab(model, transcoders)
+        ui.Lab(tc.ReplacementModel(model, transcoders))
 
 
 # the frame
@@ -810,7 +815,7 @@ def test_nothing_is_lost_in_a_callback():
 
 
 def test_text_is_escaped(parts):
-    shell = ui.Microscope(*parts[:2], "the <b>war</b> & <script>")
+    shell = ui.Microscope(tc.ReplacementModel(*parts[:2]), "the <b>war</b> & <script>")
     assert "<script>" not in "".join(views(shell)) and "&lt;" in "".join(views(shell))
 
 

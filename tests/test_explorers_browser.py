@@ -39,14 +39,15 @@ import tclib as tc
 from tclib import ui
 from tclib.features import build_index, load_summary
 lm, layers, prompt = tc.load_model(), tc.load_transcoders(), {PROMPT!r}
+replacement = tc.ReplacementModel(lm, layers)
 folder = tempfile.TemporaryDirectory()
-where = build_index(lm, layers, tc.load_text(lm, "chronicle", 32), Path(folder.name) / "i")""",
-    "Prompt microscope": "ui.Microscope(lm, layers, prompt)",
-    "Feature browser": "ui.Browser(lm, layers, load_summary(lm, layers))",
-    "Attribution walker": 'ui.Walker(lm, layers, prompt, "45", "20")',
-    "Circuit editor": 'ui.Editor(lm, layers, prompt, "45", "20")',
+where = build_index(replacement, tc.load_text(lm, "chronicle", 32), Path(folder.name) / "i")""",
+    "Prompt microscope": "ui.Microscope(replacement, prompt)",
+    "Feature browser": "ui.Browser(replacement, load_summary(replacement))",
+    "Attribution walker": 'ui.Walker(replacement, prompt, "45", "20")',
+    "Circuit editor": 'ui.Editor(replacement, prompt, "45", "20")',
     "Weights explorer": "ui.Weights(layers, where, 2, 1334)",
-    "Greater-than laboratory": "ui.Lab(lm, layers)",
+    "Greater-than laboratory": "ui.Lab(replacement)",
 }
 # What a hand does: which labelled control, and the keys or the click.
 MOVES = {
@@ -99,10 +100,10 @@ SMALL = {
     "set up": f"""
 import tclib as tc
 from tclib import ui
-lm, layers = tc.load_model(), tc.load_transcoders()
+replacement = tc.ReplacementModel(tc.load_model(), tc.load_transcoders())
 long = {26 * "war " + "17"!r}""",
-    "Prompt microscope": "ui.Microscope(lm, layers, long)",
-    "Circuit editor": f'ui.Editor(lm, layers, {PROMPT!r}, "45", "20")',
+    "Prompt microscope": "ui.Microscope(replacement, long)",
+    "Circuit editor": f'ui.Editor(replacement, {PROMPT!r}, "45", "20")',
 }
 SLOW = 38 * "\u65e5"  # more than a hundred tokens
 DARK = {"theme": "JupyterLab Dark"}

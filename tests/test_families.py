@@ -50,7 +50,7 @@ def make_trace(models, family, processed=False, double=False, missing=1, before_
             transcoder.config = transcoder.config.model_copy(update={"hook_out": mlp_out(layer)})
         transcoder.to(model.W_E.dtype)
     ids = torch.randint(0, 40, (WORDS,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return tc.trace(model, transcoders, " ".join(f"w{i}" for i in ids), check_fit=False)
+    return tc.trace(tc.ReplacementModel(model, transcoders), " ".join(f"w{i}" for i in ids), check_fit=False)
 
 
 question = {
@@ -235,12 +235,12 @@ def test_training_evaluation_index_and_explorers(models, tokens, family, tmp_pat
     model = models(family)
     config = tc.TrainConfig(d_features=64, activation="topk", k=8, steps=40, batch_rows=8, lr=3e-3)
     trained, _ = tc.train(model, tokens, [0, 2], config)
-    table = tc.evaluate(model, trained, tokens[:16])
+    table = tc.evaluate(tc.ReplacementModel(model, trained), tokens[:16])
     assert table["fvu"].max() < 0.9 and table["ce_replaced"].notna().all()
     # Neurons of a gated MLP are what its last matrix reads: keeping all of them changes nothing.
     every = top_neurons(model, 0, model.cfg.d_mlp, torch.zeros(model.cfg.d_mlp))
     torch.testing.assert_close(interventions.run(model, tokens[:2], every), model(tokens[:2]))
-    built = features.build_index(model, trained, tokens, tmp_path / "index")
+    built = features.build_index(tc.ReplacementModel(model, trained), tokens, tmp_path / "index")
     check_connections(model, trained, tokens, built)
     check_explorers(model, trained, built)
 
@@ -250,22 +250,22 @@ def check_explorers(model, transcoders, built):
     summary, prompt = features.summarise(built), " ".join(f"w{i}" for i in range(WORDS))
     feature = int(summary.features.query("layer == 2")["count"].argmax())
     shown = {
-        "Microscope": ui.Microscope(model, transcoders, prompt),
-        "Browser": ui.Browser(model, transcoders, summary, built),
-        "Walker": ui.Walker(model, transcoders, prompt, "w3", "w1"),
-        "Editor": ui.Editor(model, transcoders, prompt, "w3", "w1"),
+        "Microscope": ui.Microscope(tc.ReplacementModel(model, transcoders), prompt),
+        "Browser": ui.Browser(tc.ReplacementModel(model, transcoders), summary, built),
+        "Walker": ui.Walker(tc.ReplacementModel(model, transcoders), prompt, "w3", "w1"),
+        "Editor": ui.Editor(tc.ReplacementModel(model, transcoders), prompt, "w3", "w1"),
         "Weights": ui.Weights(transcoders, built, 2, feature),
     }
     for name, explorer in shown.items():
         assert explorer.status.value and "Not possible" not in explorer.status.value, (name, explorer.status.value)
-    page = dashboard_page.dashboard_html(dashboard.collect(model, transcoders, built, 2, feature))
+    page = dashboard_page.dashboard_html(dashboard.collect(tc.ReplacementModel(model, transcoders), built, 2, feature))
     assert f"mlp2[{feature}]" in page
 
 
 def check_connections(model, transcoders, tokens, built):
     """What `connect` reads from an index, both ways, is what a pass over the text gives."""
     feature = int((transcoders[2].encode(_inputs(model, tokens, 2)) > 0).sum(0).argmax())
-    theirs = connections.data_weighted(model, transcoders, tokens, 0, 2, feature)
+    theirs = connections.data_weighted(tc.ReplacementModel(model, transcoders), tokens, 0, 2, feature)
     ours = connect.incoming(FeatureActivations(built, 2, feature), transcoders).query("layer == 0").set_index("feature")
     some = int(theirs["target_weighted"].abs().argmax())
     back = connect.outgoing(FeatureActivations(built, 0, some), transcoders).query("layer == 2").set_index("feature")
@@ -280,10 +280,16 @@ def test_connections_through_a_norm_after_the_mlp(models, tokens, family, tmp_pa
     its scale at every token, and shards merge into the bytes of a single run."""
     trace = make_trace(models, family, before_norm=True, missing=None, activation="topk", k=8)
     model, transcoders = trace.model, trace.transcoders
-    built = features.build_index(model, transcoders, tokens, tmp_path / "whole")
+    built = features.build_index(tc.ReplacementModel(model, transcoders), tokens, tmp_path / "whole")
     check_connections(model, transcoders, tokens, built)
-    assert len(dashboard.collect(model, transcoders, built, 1, 3).outgoing) == transcoders[2].config.d_features
-    shards = [features.build_index(model, transcoders, tokens, tmp_path / f"{i}", (i, 2)).folder for i in range(2)]
+    assert (
+        len(dashboard.collect(tc.ReplacementModel(model, transcoders), built, 1, 3).outgoing)
+        == transcoders[2].config.d_features
+    )
+    shards = [
+        features.build_index(tc.ReplacementModel(model, transcoders), tokens, tmp_path / f"{i}", (i, 2)).folder
+        for i in range(2)
+    ]
     merged = features.merge(shards, tmp_path / "merged")
     assert all(path.read_bytes() == (merged.folder / path.name).read_bytes() for path in built.folder.iterdir())
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tclib.interventions import ablate_head
+from tclib.replacement_model import ReplacementModel
 from tclib.tasks import gated_circuit as sc
 from tclib.tasks import greater_than as gt
 from tests.test_greater_than import make_tokenizer, model, tokenizer  # noqa: F401
@@ -22,7 +23,7 @@ def prompts():
 @pytest.fixture(scope="module")
 def gated(model, prompts):  # noqa: F811
     # The middle layer has no transcoder: its MLP is one node.
-    return sc.Gated(model, {0: make_transcoder(0), 2: make_transcoder(2, skip=True)}, prompts)
+    return sc.Gated(ReplacementModel(model, {0: make_transcoder(0), 2: make_transcoder(2, skip=True)}), prompts)
 
 
 def mean_difference(answers, prompts):

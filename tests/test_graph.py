@@ -41,7 +41,7 @@ def make_trace(model, architecture=0, seed=0, without=None, words=4):
         if layer != without
     }
     ids = torch.randint(0, 40, (words,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return tc.trace(model, transcoders, " ".join(f"w{i}" for i in ids), check_fit=False)
+    return tc.trace(tc.ReplacementModel(model, transcoders), " ".join(f"w{i}" for i in ids), check_fit=False)
 
 
 def by_autograd(trace, targets):

@@ -38,10 +38,11 @@ CELLS = {
 import tclib as tc
 from tclib import ui
 from tclib.features.naming import Names
-lm, layers = tc.load_model(), tc.load_transcoders()
-names = Names(lm, layers, tc.load_text(lm, "chronicle", 32))
+lm = tc.load_model()
+replacement = tc.ReplacementModel(lm, tc.load_transcoders())
+names = Names(replacement, tc.load_text(lm, "chronicle", 32))
 prompt = {PROMPT!r}""",
-    "Circuit editor": 'editor = ui.Editor(lm, layers, prompt, "45", "20", names=names)\neditor',
+    "Circuit editor": 'editor = ui.Editor(replacement, prompt, "45", "20", names=names)\neditor',
 }
 # The features that a graph shows, the most influential first.
 STRONGEST = """() => document.querySelector('.tcg').graph.nodes.filter(n => n.kind === 'feature')
@@ -51,7 +52,9 @@ STATE = "() => document.querySelector('.tcg').graph.state()"
 
 @pytest.fixture(scope="module")
 def made() -> ui.Editor:
-    return ui.Editor(tc.load_model(device="cpu"), tc.load_transcoders(device="cpu"), PROMPT, "45", "20")
+    return ui.Editor(
+        tc.ReplacementModel(tc.load_model(device="cpu"), tc.load_transcoders(device="cpu")), PROMPT, "45", "20"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,9 @@ def load(model: str, transcoders: str) -> str:
     """What a model and its transcoders compute, in short."""
     lm = tc.load_model(model, device="cpu")
     layers = tc.load_transcoders(transcoders, device="cpu")
-    trace = tc.trace(lm, layers, torch.tensor([lm.tokenizer.bos_token_id, 1, 2, 3]), check_fit=False)
+    trace = tc.trace(
+        tc.ReplacementModel(lm, layers), torch.tensor([lm.tokenizer.bos_token_id, 1, 2, 3]), check_fit=False
+    )
     active = sum(int((z > 0).sum()) for z in trace.features.values())
     return f"{lm.cfg.n_layers} layers, transcoders {list(layers)}, {trace.logits.sum():.4f}, {active} active"
 

@@ -40,6 +40,7 @@ from tclib.features import (
     search,
     summarise,
 )
+from tclib.replacement_model import ReplacementModel
 from tests import index_worker
 from tests.conftest import REPO
 from tests.tiny import make_model, make_transcoder
@@ -68,7 +69,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def built(model, transcoders, tokens, tmp_path_factory):
-    return build_index(model, transcoders, tokens, tmp_path_factory.mktemp("index") / "all")
+    return build_index(ReplacementModel(model, transcoders), tokens, tmp_path_factory.mktemp("index") / "all")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_six_bytes_per_activation(built):
 
 
 def test_counts_agree_with_the_evaluation(model, transcoders, tokens, built):
-    firing = measure(model, transcoders, tokens, groups={}).firing
+    firing = measure(ReplacementModel(model, transcoders), tokens, groups={}).firing
     for layer in transcoders:
         table = search.statistics(built, layer)
         assert np.allclose(table["frequency"], firing[layer].numpy(), atol=1e-12)
@@ -127,7 +128,7 @@ def test_counts_agree_with_the_evaluation(model, transcoders, tokens, built):
 def test_shards_merge_to_the_same_bytes(model, transcoders, tokens, built, tmp_path, n):
     folders = [tmp_path / f"shard_{i}" for i in range(n)]
     for i in reversed(range(n)):
-        build_index(model, transcoders, tokens, folders[i], shard=(i, n))
+        build_index(ReplacementModel(model, transcoders), tokens, folders[i], shard=(i, n))
     assert same_bytes(merge(folders[::-1], tmp_path / "merged"), built)
     # Merging is associative: first the last two, then the rest.
     merge(folders[-2:], tmp_path / "tail")
@@ -137,12 +138,12 @@ def test_shards_merge_to_the_same_bytes(model, transcoders, tokens, built, tmp_p
 def test_parts_do_not_show(model, transcoders, tokens, built, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "PART_TOKENS", build.BATCH_ROWS * WIDTH)
     monkeypatch.setattr(build, "MERGED_AT_ONCE", 7)
-    assert same_bytes(build_index(model, transcoders, tokens, tmp_path / "many"), built)
+    assert same_bytes(build_index(ReplacementModel(model, transcoders), tokens, tmp_path / "many"), built)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["many"]
 
 
 def test_a_shard_reads_as_rows_of_its_own(model, transcoders, tokens, built, tmp_path):
-    shard = build_index(model, transcoders, tokens, tmp_path / "last", shard=(1, 2))
+    shard = build_index(ReplacementModel(model, transcoders), tokens, tmp_path / "last", shard=(1, 2))
     start = shard.about["rows"][0]
     assert 0 < start < ROWS and np.array_equal(shard.tokens, tokens[start:].numpy())
     feature = int(search.statistics(shard, 0)["count"].idxmax())
@@ -153,7 +154,7 @@ def test_a_shard_reads_as_rows_of_its_own(model, transcoders, tokens, built, tmp
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
 def test_other_architectures(model, tokens, tmp_path, activation):
     transcoder = make_transcoder(0, activation=activation, k=4)
-    found = build_index(model, {0: transcoder}, tokens, tmp_path / "index")
+    found = build_index(ReplacementModel(model, {0: transcoder}), tokens, tmp_path / "index")
     counts = np.diff(found.layer_offsets(0))
     if activation == "topk":
         assert 0 < counts.sum() <= 4 * found.n_tokens
@@ -217,8 +218,10 @@ def test_tokens_of_features_that_fire_often_are_counted_beforehand(
     monkeypatch.setattr(common_tokens, "OFTEN", 50)
     monkeypatch.setattr(common_tokens, "KEPT", 4)
     monkeypatch.setattr(common_tokens, "COUNTED_AT_ONCE", 7)
-    whole = build_index(model, transcoders, tokens, tmp_path / "whole")
-    shards = [build_index(model, transcoders, tokens, tmp_path / f"{i}", shard=(i, 2)) for i in range(2)]
+    whole = build_index(ReplacementModel(model, transcoders), tokens, tmp_path / "whole")
+    shards = [
+        build_index(ReplacementModel(model, transcoders), tokens, tmp_path / f"{i}", shard=(i, 2)) for i in range(2)
+    ]
     assert same_bytes(merge([shard.folder for shard in shards], tmp_path / "merged"), whole)
     for feature, count in counts[counts > 0].items():
         assert bool(len(whole.often(1, feature))) == (count >= 50) and not len(built.often(1, feature))
@@ -334,7 +337,7 @@ def test_co_firing(built, dense):
 
 def test_connections_are_those_of_a_pass_over_the_text(model, transcoders, tokens, built):
     target = int(search.statistics(built, 1)["count"].idxmax())
-    expected = connections.data_weighted(model, transcoders, tokens, 0, 1, target)
+    expected = connections.data_weighted(ReplacementModel(model, transcoders), tokens, 0, 1, target)
     found = connect.incoming(FeatureActivations(built, 1, target), transcoders)
     for name in expected:
         size = expected[name].abs().max()
@@ -350,10 +353,10 @@ def test_connections_are_those_of_a_pass_over_the_text(model, transcoders, token
 
 
 def test_the_plan_predicts_size_and_bounds_memory(model, transcoders, tokens, built):
-    planned = plan(model, transcoders, tokens)
+    planned = plan(ReplacementModel(model, transcoders), tokens)
     real = sum(path.stat().st_size for path in built.folder.glob("*.npy"))
     assert planned.disk == pytest.approx(real, rel=0.1)
-    longer = plan(model, transcoders, tokens.repeat(8, 1))
+    longer = plan(ReplacementModel(model, transcoders), tokens.repeat(8, 1))
     assert longer.disk > 6 * planned.disk
     assert "activations" in str(planned)
 
@@ -364,7 +367,7 @@ def test_memory_does_not_grow_with_the_text(model, transcoders, tokens, tmp_path
 
     def peak(rows, folder):
         tracemalloc.start()
-        build_index(model, transcoders, rows, folder)
+        build_index(ReplacementModel(model, transcoders), rows, folder)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
@@ -372,7 +375,7 @@ def test_memory_does_not_grow_with_the_text(model, transcoders, tokens, tmp_path
     part = build.PART_TOKENS // WIDTH
     peak(tokens, tmp_path / "warm")
     once, thrice = (peak(tokens.repeat(n * part // ROWS + 1, 1), tmp_path / f"x{n}") for n in (1, 3))
-    planned = plan(model, transcoders, tokens.repeat(3 * part // ROWS + 1, 1))
+    planned = plan(ReplacementModel(model, transcoders), tokens.repeat(3 * part // ROWS + 1, 1))
     assert thrice < 1.5 * once and thrice < planned.memory
 
 
@@ -391,11 +394,11 @@ def test_an_interrupted_build_goes_on(model, transcoders, tokens, built, tmp_pat
 
     monkeypatch.setattr(build, "active_pairs", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        build_index(model, transcoders, tokens, tmp_path / "index")
+        build_index(ReplacementModel(model, transcoders), tokens, tmp_path / "index")
     assert not (tmp_path / "index").exists()
     kept = sorted(path.name for path in (tmp_path / "index.part").iterdir())
     assert kept == ["rows_000000000", "rows_000000016"]  # whole parts only
-    assert same_bytes(build_index(model, transcoders, tokens, tmp_path / "index"), built)
+    assert same_bytes(build_index(ReplacementModel(model, transcoders), tokens, tmp_path / "index"), built)
     assert len(calls) == 3 + 2  # the finished parts were not made again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index"]
 
@@ -408,10 +411,10 @@ def test_a_full_disk_leaves_nothing(model, transcoders, tokens, tmp_path, monkey
     monkeypatch.setattr(*where, full)
     monkeypatch.setattr(common_tokens, "OFTEN", 50)
     with pytest.raises(ValueError, match="could not be written .No space left on device."):
-        build_index(model, transcoders, tokens, tmp_path / "index")
+        build_index(ReplacementModel(model, transcoders), tokens, tmp_path / "index")
     assert not (tmp_path / "index").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     monkeypatch.undo()
-    build_index(model, transcoders, tokens, tmp_path / "index")
+    build_index(ReplacementModel(model, transcoders), tokens, tmp_path / "index")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by a signal")
@@ -439,19 +442,19 @@ def test_another_model_or_text_is_refused_and_both_are_named(model, transcoders,
     other = {0: quiet(make_transcoder(0, seed=5)), 1: transcoders[1]}
     made, found = fingerprint(transcoders[0]), fingerprint(other[0])
     with pytest.raises(ValueError, match=f"transcoder {made} of layer 0, not from this one, {found}"):
-        built.check(model, other)
-    assert built.check(model, transcoders) is built
+        built.check(ReplacementModel(model, other))
+    assert built.check(ReplacementModel(model, transcoders)) is built
     with pytest.raises(ValueError, match=f"(?s){made}.*not.*{found}"):
-        build_index(model, other, tokens, built.folder)
+        build_index(ReplacementModel(model, other), tokens, built.folder)
     with pytest.raises(ValueError, match="was made from text .* not .*: use another folder"):
-        build_index(model, transcoders, tokens.flip(0), built.folder)
-    assert build_index(model, transcoders, tokens, built.folder).folder == built.folder
+        build_index(ReplacementModel(model, transcoders), tokens.flip(0), built.folder)
+    assert build_index(ReplacementModel(model, transcoders), tokens, built.folder).folder == built.folder
 
 
 def test_another_language_model_is_refused(built, transcoders, tmp_path):
     other = make_model(tmp_path, seed=1)
     with pytest.raises(ValueError, match=f"{built.about['model']}, not from this one, {fingerprint(other)}"):
-        built.check(other, transcoders)
+        built.check(ReplacementModel(other, transcoders))
 
 
 def test_half_precision_is_summed_in_full():
@@ -472,12 +475,12 @@ def test_the_fingerprint_forgives_rounding_and_nothing_else(transcoders):
 
 def test_merge_refuses_gaps_and_strangers(model, transcoders, tokens, tmp_path):
     for i in range(3):
-        build_index(model, transcoders, tokens, tmp_path / f"{i}", shard=(i, 3))
+        build_index(ReplacementModel(model, transcoders), tokens, tmp_path / f"{i}", shard=(i, 3))
     with pytest.raises(ValueError, match="rows 16 to 32 are missing or twice between 0 and 2"):
         merge([tmp_path / "0", tmp_path / "2"], tmp_path / "out")
     with pytest.raises(ValueError, match="missing or twice"):
         merge([tmp_path / "0", tmp_path / "0"], tmp_path / "out")
-    build_index(model, {0: transcoders[0]}, tokens, tmp_path / "stranger", shard=(1, 3))
+    build_index(ReplacementModel(model, {0: transcoders[0]}), tokens, tmp_path / "stranger", shard=(1, 3))
     with pytest.raises(ValueError, match="was made from layers"):
         merge([tmp_path / "0", tmp_path / "stranger"], tmp_path / "out")
     with pytest.raises(ValueError, match="nothing to merge"):
@@ -500,16 +503,16 @@ def test_bad_input_gets_one_sentence(model, transcoders, tokens, built, tmp_path
     with pytest.raises(ValueError, match=r"layer 2 is not in this index, which has layers \[0, 1\]"):
         FeatureActivations(built, 2, 0)
     with pytest.raises(ValueError, match="text"):
-        build_index(model, transcoders, tokens[:0], tmp_path / "index")
+        build_index(ReplacementModel(model, transcoders), tokens[:0], tmp_path / "index")
     with pytest.raises(ValueError, match="no transcoder to index"):
-        build_index(model, {}, tokens, tmp_path / "index")
+        build_index(ReplacementModel(model, {}), tokens, tmp_path / "index")
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match="exists and holds no index: choose a new folder"):
-        build_index(model, transcoders, tokens, tmp_path / "mine")
+        build_index(ReplacementModel(model, transcoders), tokens, tmp_path / "mine")
     (tmp_path / "mine").rmdir()
     for shard, sentence in {(3, 3): "counts from 0", (0, 9): "9 shards of 50 rows: at most 4"}.items():
         with pytest.raises(ValueError, match=sentence):
-            build_index(model, transcoders, tokens, tmp_path / "index", shard=shard)
+            build_index(ReplacementModel(model, transcoders), tokens, tmp_path / "index", shard=shard)
     assert not list(tmp_path.iterdir())
 
 
@@ -547,24 +550,24 @@ def test_a_summary_survives_the_disk(model, transcoders, built, tmp_path):
     truth = pd.DataFrame({"even": built.flat_tokens[built.kept] % 2 == 0})
     summary = summarise(built, truth)
     save_summary(summary, tmp_path / "s.npz")
-    again = load_summary(model, transcoders, tmp_path / "s.npz")
+    again = load_summary(ReplacementModel(model, transcoders), tmp_path / "s.npz")
     pd.testing.assert_frame_equal(summary.features, again.features, check_dtype=False, rtol=2e-3, atol=1e-4)
     pd.testing.assert_frame_equal(summary.examples, again.examples, check_dtype=False)
     assert np.array_equal(summary.tokens, again.tokens)
     with pytest.raises(ValueError, match="was made from .* as layer 0, not from"):
-        load_summary(model, {0: make_transcoder(0, seed=9)}, tmp_path / "s.npz")
+        load_summary(ReplacementModel(model, {0: make_transcoder(0, seed=9)}), tmp_path / "s.npz")
     with pytest.raises(ValueError, match="no summary at"):
-        load_summary(model, transcoders, tmp_path / "none.npz")
+        load_summary(ReplacementModel(model, transcoders), tmp_path / "none.npz")
     (tmp_path / "s.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="damaged"):
-        load_summary(model, transcoders, tmp_path / "s.npz")
+        load_summary(ReplacementModel(model, transcoders), tmp_path / "s.npz")
 
 
 def test_the_bundled_summary_is_of_the_bundled_weights_and_right():
     import tclib as tc
 
     model, transcoders = tc.load_model(device="cpu"), tc.load_transcoders(device="cpu")
-    summary = load_summary(model, transcoders)
+    summary = load_summary(ReplacementModel(model, transcoders))
     rows = 4
     labelled = text.chronicle(model, rows)
     assert np.array_equal(summary.tokens[:rows], labelled.tokens.numpy())
@@ -602,5 +605,5 @@ def test_the_pass_stops_before_the_last_mlp(model, transcoders, tokens, tmp_path
         raise AssertionError("the last MLP ran")
 
     with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", forbidden)]):
-        build_index(model, {0: transcoders[0]}, tokens, tmp_path / "index")
+        build_index(ReplacementModel(model, {0: transcoders[0]}), tokens, tmp_path / "index")
     assert torch.isfinite(model(tokens[:1])).all()  # and the model is as it was

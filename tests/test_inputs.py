@@ -80,7 +80,7 @@ def bundled():
 def test_targets_whose_texts_are_alike_stay_apart(bundled, tmp_path):
     lm, transcoders = bundled
     ids = [lm.tokenizer.bos_token_id, *lm.tokenizer("éèü", add_special_tokens=False)["input_ids"][:2]]
-    traced = tc.trace(lm, transcoders, torch.tensor(ids), check_fit=False)
+    traced = tc.trace(tc.ReplacementModel(lm, transcoders), torch.tensor(ids), check_fit=False)
     chosen = graph.salient_logits(traced)
     assert len({target.token for target, _ in chosen}) == len({target.name for target, _ in chosen}) == 10
     built = graph.build_graph(traced, max_features=20)
@@ -96,7 +96,7 @@ def test_targets_whose_texts_are_alike_stay_apart(bundled, tmp_path):
 
 
 def test_a_target_given_twice_or_virtual_has_a_node_of_its_own(model, tmp_path):
-    traced = tc.trace(model, {0: make_transcoder(0)}, "w1 w2", check_fit=False)
+    traced = tc.trace(tc.ReplacementModel(model, {0: make_transcoder(0)}), "w1 w2", check_fit=False)
     one, difference = targets.logit(traced, "w3"), targets.logit_difference(traced, "w3", "w4")
     assert (one.token, difference.token, targets.logit(traced, 7).token) == (3, None, 7)
     built = graph.build_graph(traced, [(one, 0.4), (one, 0.3), (difference, 0.3)])
@@ -127,16 +127,16 @@ def entrances(model, folder) -> dict:
     transcoders = {0: make_transcoder(0), 1: make_transcoder(1)}
     config = tc.TrainConfig(d_features=8, steps=1, batch_rows=4)
     return {
-        "evaluate": lambda rows: tc.evaluate(model, transcoders, rows),
-        "measure": lambda rows: evaluation.measure(model, transcoders, rows, groups={}),
+        "evaluate": lambda rows: tc.evaluate(tc.ReplacementModel(model, transcoders), rows),
+        "measure": lambda rows: evaluation.measure(tc.ReplacementModel(model, transcoders), rows, groups={}),
         "faithfulness": lambda rows: evaluation.faithfulness(model, rows, {}),
         "train": lambda rows: tc.train(model, rows, [0], config),
         "cache": lambda rows: training.cache_activations(model, rows, [0], folder / "cache"),
-        "index": lambda rows: build_index(model, transcoders, rows, folder / "index"),
-        "plan": lambda rows: plan(model, transcoders, rows),
+        "index": lambda rows: build_index(tc.ReplacementModel(model, transcoders), rows, folder / "index"),
+        "plan": lambda rows: plan(tc.ReplacementModel(model, transcoders), rows),
         "check_fit": lambda rows: checkpoints.check_fit(model, transcoders, rows),
         "activations": lambda rows: list(mlp_activations(model, rows, [0])),
-        "data_weighted": lambda rows: connections.data_weighted(model, transcoders, rows, 0, 1, 3),
+        "data_weighted": lambda rows: connections.data_weighted(tc.ReplacementModel(model, transcoders), rows, 0, 1, 3),
         "run": lambda rows: interventions.run(model, rows, []),
         "sealed": lambda rows: sealed.activations(model, rows, {"x": transcoders[0]}),
         "greater-than": lambda rows: gt.run(
@@ -151,8 +151,8 @@ def entrances(model, folder) -> dict:
 def prompt_entrances(model) -> dict:
     transcoders = {0: make_transcoder(0)}
     return {
-        "trace": lambda row: tc.trace(model, transcoders, row, check_fit=False),
-        "cases": lambda row: case_studies.activation(model, transcoders, row, 0, 1),
+        "trace": lambda row: tc.trace(tc.ReplacementModel(model, transcoders), row, check_fit=False),
+        "cases": lambda row: case_studies.activation(tc.ReplacementModel(model, transcoders), row, 0, 1),
     }
 
 
@@ -183,17 +183,22 @@ def test_models_without_bos_say_so(tmp_path, tokens):
     lm = make_model(tmp_path)
     rows = torch.where(tokens == 40, 7, tokens)
     transcoders = {0: make_transcoder(0)}
-    one_sentence(lambda: tc.evaluate(lm, transcoders, rows), "model.cfg.default_prepend_bos = False")
+    one_sentence(
+        lambda: tc.evaluate(tc.ReplacementModel(lm, transcoders), rows), "model.cfg.default_prepend_bos = False"
+    )
     lm.cfg.default_prepend_bos = False
-    assert tc.evaluate(lm, transcoders, rows)["tokens"].item() == rows.numel()
-    assert len(tc.trace(lm, transcoders, "w1 w2", check_fit=False).tokens) == 2
+    assert tc.evaluate(tc.ReplacementModel(lm, transcoders), rows)["tokens"].item() == rows.numel()
+    assert len(tc.trace(tc.ReplacementModel(lm, transcoders), "w1 w2", check_fit=False).tokens) == 2
     text = tc.load_text(lm, "chronicle", 3)
     assert text.shape == (3, 16) and (text != 40).all()
-    build_index(lm, transcoders, rows, tmp_path / "index")
+    build_index(tc.ReplacementModel(lm, transcoders), rows, tmp_path / "index")
     assert Index(tmp_path / "index").n_tokens == rows.numel()
     lm.cfg.default_prepend_bos = True
     lm.tokenizer.bos_token = None
-    one_sentence(lambda: tc.trace(lm, transcoders, "w1"), "has no BOS token: if the model was trained without one")
+    one_sentence(
+        lambda: tc.trace(tc.ReplacementModel(lm, transcoders), "w1"),
+        "has no BOS token: if the model was trained without one",
+    )
 
 
 def test_what_bos_is_worth(bundled):
@@ -201,14 +206,18 @@ def test_what_bos_is_worth(bundled):
     lm, transcoders = bundled
     prompt = to_tokens(lm, "The war lasted from the year 1732 to the year 17")
     value = lambda traced: targets.logit_difference(traced, "45", "20").value(traced)  # noqa: E731
-    assert value(tc.trace(lm, transcoders, prompt)) == pytest.approx(5.337, abs=1e-3)
+    assert value(tc.trace(tc.ReplacementModel(lm, transcoders), prompt)) == pytest.approx(5.337, abs=1e-3)
     lm.cfg.default_prepend_bos = False
     try:
-        assert value(tc.trace(lm, transcoders, prompt[1:], check_fit=False)) == pytest.approx(3.624, abs=1e-3)
+        assert value(tc.trace(tc.ReplacementModel(lm, transcoders), prompt[1:], check_fit=False)) == pytest.approx(
+            3.624, abs=1e-3
+        )
     finally:
         lm.cfg.default_prepend_bos = True
-    one_sentence(lambda: tc.trace(lm, transcoders, prompt[1:]), "does not start with BOS")
-    one_sentence(lambda: tc.trace(lm, transcoders, torch.cat([prompt[:1], prompt])), "starts with two BOS")
+    one_sentence(lambda: tc.trace(tc.ReplacementModel(lm, transcoders), prompt[1:]), "does not start with BOS")
+    one_sentence(
+        lambda: tc.trace(tc.ReplacementModel(lm, transcoders), torch.cat([prompt[:1], prompt])), "starts with two BOS"
+    )
 
 
 # ---- numbers of features, heads, layers and positions
@@ -221,8 +230,8 @@ WRONG_NUMBERS = [-1, 64, 1.0, 1.5, "1", None, True]  # of a feature: there are 6
 def place(model, tokens, tmp_path_factory):
     """A model with transcoders, a trace, an index and a target at the end."""
     transcoders = {0: make_transcoder(0), 1: make_transcoder(1)}
-    traced = tc.trace(model, transcoders, "w1 w5 w2", check_fit=False)
-    built = build_index(model, transcoders, tokens, tmp_path_factory.mktemp("index") / "all")
+    traced = tc.trace(tc.ReplacementModel(model, transcoders), "w1 w5 w2", check_fit=False)
+    built = build_index(tc.ReplacementModel(model, transcoders), tokens, tmp_path_factory.mktemp("index") / "all")
     return model, transcoders, traced, built, targets.logit(traced, "w3"), tokens
 
 
@@ -230,7 +239,7 @@ FEATURES = {
     "target": lambda p, f: targets.feature(p[2], 0, f),
     "logit_lens": lambda p, f: connections.logit_lens(p[2], 0, f),
     "ov": lambda p, f: connections.ov_connections(p[2], p[4], 0, f),
-    "data_weighted": lambda p, f: connections.data_weighted(p[0], p[1], p[5], 0, 1, f),
+    "data_weighted": lambda p, f: connections.data_weighted(p[2].replacement, p[5], 0, 1, f),
     "incoming": lambda p, f: connect.incoming(FeatureActivations(p[3], 1, f), p[1]),
     "outgoing": lambda p, f: connect.outgoing(FeatureActivations(p[3], 0, f), p[1]),
     "count": lambda p, f: FeatureActivations(p[3], 0, f).count,
@@ -238,14 +247,14 @@ FEATURES = {
     "often": lambda p, f: p[3].often(0, f),
     "co_firing": lambda p, f: search.co_firing(FeatureActivations(p[3], 0, f)),
     "similar": lambda p, f: search.by_similarity(p[1][0], f),
-    "dashboard": lambda p, f: dashboard.collect(p[0], p[1], p[3], 0, f),
+    "dashboard": lambda p, f: dashboard.collect(p[2].replacement, p[3], 0, f),
     "keep": lambda p, f: interventions.keep_features(0, p[1][0], [f]),
     "set": lambda p, f: interventions.set_features(0, p[1][0], [f]),
     "edits": lambda p, f: validation.compare(
         p[2], pd.DataFrame({"layer": [0], "position": [1], "feature": pd.Series([f], dtype=object)}), [p[4]]
     ),
-    "case": lambda p, f: case_studies.activation(p[0], p[1], p[2].tokens, 0, f),
-    "seal": lambda p, f: sealed.Seal(p[0], p[1], 0, f, p[5], np.ones(tuple(p[5].shape), np.float32)),
+    "case": lambda p, f: case_studies.activation(p[2].replacement, p[2].tokens, 0, f),
+    "seal": lambda p, f: sealed.Seal(p[2].replacement, 0, f, p[5], np.ones(tuple(p[5].shape), np.float32)),
     "writes": lambda p, f: microscope.writes(p[2], 0, f),
 }
 OTHERS = {  # of a layer, a head and a position: what the model of two layers, four heads and four tokens lacks
@@ -264,8 +273,8 @@ OTHERS = {  # of a layer, a head and a position: what the model of two layers, f
         "ablate": lambda p, n: interventions.run(p[0], p[5], interventions.ablate_mlp(n)),
         "activations": lambda p, n: list(mlp_activations(p[0], p[5], [n])),
         "train": lambda p, n: tc.train(p[0], p[5], [n], tc.TrainConfig(batch_rows=4, steps=1, d_features=8)),
-        "keyed": lambda p, n: tc.trace(p[0], {n: p[1][0]}, "w1 w2"),
-        "evaluate": lambda p, n: tc.evaluate(p[0], {n: p[1][0]}, p[5]),
+        "keyed": lambda p, n: tc.trace(tc.ReplacementModel(p[0], {n: p[1][0]}), "w1 w2"),
+        "evaluate": lambda p, n: tc.evaluate(tc.ReplacementModel(p[0], {n: p[1][0]}), p[5]),
         "url": lambda p, n: neuronpedia.neuronpedia_url(-1 if n == 2 else n, 1),
     }),
     "head": ([-1, 4, 1.5, "0", None, True], {
@@ -284,7 +293,7 @@ OTHERS = {  # of a layer, a head and a position: what the model of two layers, f
         "features": lambda p, n: factorisation.by_features(p[2], 0, n, p[4].reader),
         "score": lambda p, n: attention.score_terms(p[2], 0, 0, n, 0),
         "ablate": lambda p, n: interventions.run(p[0], p[2].tokens[None], interventions.ablate_mlp(0, 0.0, [n])),
-        "case": lambda p, n: case_studies.activation(p[0], p[1], p[2].tokens, 0, 1, n),
+        "case": lambda p, n: case_studies.activation(p[2].replacement, p[2].tokens, 0, 1, n),
         "writes": lambda p, n: microscope.writes(p[2], 0, 1, n),
     }),
 }  # fmt: skip
@@ -319,10 +328,10 @@ def test_a_transcoder_of_another_layer_is_refused_where_a_layer_is_named(place):
         lambda: interventions.keep_features(0, other, [1]),
         lambda: interventions.set_features(0, other, [1]),
         lambda: interventions.reencode_input(0, sae),
-        lambda: tc.trace(model, {0: other}, "w1"),
-        lambda: tc.evaluate(model, {0: other}, tokens),
-        lambda: evaluation.measure(model, {0: other}, tokens, groups={}),
-        lambda: connections.data_weighted(model, {0: other, 1: other}, tokens, 0, 1, 3),
+        lambda: tc.trace(tc.ReplacementModel(model, {0: other}), "w1"),
+        lambda: tc.evaluate(tc.ReplacementModel(model, {0: other}), tokens),
+        lambda: evaluation.measure(tc.ReplacementModel(model, {0: other}), tokens, groups={}),
+        lambda: connections.data_weighted(tc.ReplacementModel(model, {0: other, 1: other}), tokens, 0, 1, 3),
     ):
         one_sentence(call, "reads blocks.1.ln2.hook_normalized")
 
@@ -376,9 +385,9 @@ def test_another_precision_than_the_models_is_one_sentence(model, tokens, tmp_pa
     loaded = tc.load_transcoders(tmp_path, dtype=dtype)
     name = str(dtype)
     for call in (
-        lambda: tc.trace(model, loaded, "w1 w2"),
-        lambda: tc.evaluate(model, loaded, tokens),
-        lambda: build_index(model, loaded, tokens, tmp_path / "index"),
+        lambda: tc.trace(tc.ReplacementModel(model, loaded), "w1 w2"),
+        lambda: tc.evaluate(tc.ReplacementModel(model, loaded), tokens),
+        lambda: build_index(tc.ReplacementModel(model, loaded), tokens, tmp_path / "index"),
         lambda: interventions.run(model, tokens, interventions.replace_mlp(0, loaded[0])),
         lambda: loaded[0](torch.zeros(3, 32)),
     ):
@@ -395,7 +404,10 @@ def renamed(layer: int, reads: str, writes: str):
 
 def test_hooks_that_are_not_ours_are_named(model, tokens):
     strange = renamed(0, "hook_resid_mid", "hook_attn_out")
-    for call in (lambda: tc.trace(model, {0: strange}, "w1"), lambda: tc.evaluate(model, {0: strange}, tokens)):
+    for call in (
+        lambda: tc.trace(tc.ReplacementModel(model, {0: strange}), "w1"),
+        lambda: tc.evaluate(tc.ReplacementModel(model, {0: strange}), tokens),
+    ):
         one_sentence(
             call,
             "reads blocks.0.hook_resid_mid, and writes blocks.0.hook_attn_out; a transcoder of this layer reads "
@@ -406,18 +418,22 @@ def test_hooks_that_are_not_ours_are_named(model, tokens):
 def test_hooks_of_the_same_place_are_taken_and_named(model, tokens, tmp_path):
     plain, other = {0: make_transcoder(0)}, {0: renamed(0, "mlp.hook_in", "mlp.hook_out")}
     with pytest.warns(UserWarning, match="blocks.0.mlp.hook_in of the transcoder of layer 0 is taken as blocks.0.ln2"):
-        a, b = (tc.trace(model, t, "w1 w2", check_fit=False) for t in (plain, other))
+        a, b = (tc.trace(tc.ReplacementModel(model, t), "w1 w2", check_fit=False) for t in (plain, other))
     assert torch.equal(a.features[0], b.features[0])
     with pytest.warns(UserWarning, match="mlp.hook_out of the transcoder of layer 0 is taken as blocks.0.hook_mlp_out"):
-        pd.testing.assert_frame_equal(tc.evaluate(model, plain, tokens), tc.evaluate(model, other, tokens))
-        build_index(model, other, tokens, tmp_path / "other")
-    build_index(model, plain, tokens, tmp_path / "plain")
+        a, b = (tc.evaluate(tc.ReplacementModel(model, t), tokens) for t in (plain, other))
+        pd.testing.assert_frame_equal(a, b)
+        build_index(tc.ReplacementModel(model, other), tokens, tmp_path / "other")
+    build_index(tc.ReplacementModel(model, plain), tokens, tmp_path / "plain")
     first, second = (Index(tmp_path / name).flat(0)[0] for name in ("plain", "other"))
     assert (first == second).all()
     logits = [interventions.run(model, tokens, interventions.keep_features(0, t[0], [1, 2])) for t in (plain, other)]
     assert torch.equal(*logits)
     raw = make_model(tmp_path / "raw", processed=False)
-    one_sentence(lambda: tc.trace(raw, other, "w1"), "behind LayerNorm's gain and bias, which this model has")
+    one_sentence(
+        lambda: tc.trace(tc.ReplacementModel(raw, other), "w1"),
+        "behind LayerNorm's gain and bias, which this model has",
+    )
 
 
 # ---- searches
@@ -425,7 +441,7 @@ def test_hooks_of_the_same_place_are_taken_and_named(model, tokens, tmp_path):
 
 def test_a_search_without_threshold_ends_and_says_what_may_be_missing(bundled, monkeypatch):
     lm, transcoders = bundled
-    traced = tc.trace(lm, transcoders, "The war lasted")
+    traced = tc.trace(tc.ReplacementModel(lm, transcoders), "The war lasted")
     whole = prompt_graph(traced)
     found = best_first(whole, targets.logit(traced, "45"), 0, limit=100)
     listed = sum(path.contribution for path in found.paths)

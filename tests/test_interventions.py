@@ -130,7 +130,7 @@ def trace(request, tmp_path_factory):
         model.double(),
         {layer: make_transcoder(layer, seed=2, **config).double() for layer in range(3)},
     )
-    return tc.trace(model, transcoders, "w1 w5 w2 w9 w4", check_fit=False)
+    return tc.trace(tc.ReplacementModel(model, transcoders), "w1 w5 w2 w9 w4", check_fit=False)
 
 
 def strongest(trace, layer, position, count=3):
@@ -213,7 +213,7 @@ def test_wrong_edits_get_one_sentence(trace, edit, sentence):
 
 def test_a_prediction_through_skip_paths_needs_free_mlps(model):
     skips = {layer: make_transcoder(layer, skip=True) for layer in (0, 1)}
-    trace = tc.trace(model, skips, "w1 w5 w2", check_fit=False)
+    trace = tc.trace(tc.ReplacementModel(model, skips), "w1 w5 w2", check_fit=False)
     removed, target = pd.DataFrame(strongest(trace, 0, -1, 1)), targets.logit(trace, "w3")
     with pytest.raises(ValueError, match="frozen MLPs cut"):
         validation.compare(trace, removed, [target], LINEAR)

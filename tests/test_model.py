@@ -127,12 +127,18 @@ def test_a_folder_of_other_blocks_is_refused_before_its_weights_are_read(tmp_pat
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_a_trace_on_cuda_is_that_on_the_cpu():
     prompt = "The war lasted from the year 1732 to the year 17"
-    traces = [tc.trace(tc.load_model(device=d), tc.load_transcoders(device=d), prompt) for d in ("cpu", "cuda")]
+    traces = [
+        tc.trace(tc.ReplacementModel(tc.load_model(device=d), tc.load_transcoders(device=d)), prompt)
+        for d in ("cpu", "cuda")
+    ]
     torch.testing.assert_close(traces[1].logits.cpu(), traces[0].logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.skipif(not torch.backends.mps.is_available(), reason="no MPS")
 def test_a_trace_on_mps_is_that_on_the_cpu():
     prompt = "The war lasted from the year 1732 to the year 17"
-    traces = [tc.trace(tc.load_model(device=d), tc.load_transcoders(device=d), prompt) for d in ("cpu", "mps")]
+    traces = [
+        tc.trace(tc.ReplacementModel(tc.load_model(device=d), tc.load_transcoders(device=d)), prompt)
+        for d in ("cpu", "mps")
+    ]
     torch.testing.assert_close(traces[1].logits.cpu(), traces[0].logits, rtol=1e-3, atol=1e-3)

@@ -19,12 +19,13 @@ def bundled():
 
 @pytest.fixture(scope="module")
 def names(bundled):
-    return Names(*bundled)
+    lm, transcoders, tokens = bundled
+    return Names(tc.ReplacementModel(lm, transcoders), tokens)
 
 
 def test_strongest_are_the_largest_activations_of_the_text(bundled):
     lm, transcoders, tokens = bundled
-    values, places = naming.strongest(lm, {0: transcoders[0]}, tokens, k=5)[0]
+    values, places = naming.strongest(tc.ReplacementModel(lm, {0: transcoders[0]}), tokens, k=5)[0]
     _, cache = lm.run_with_cache(tokens)
     z = transcoders[0].encode(cache["blocks.0.ln2.hook_normalized"])  # [row, pos, feature]
     z[tokens == lm.tokenizer.bos_token_id] = 0
@@ -38,14 +39,14 @@ def test_what_reads_another_place_is_not_named(bundled):
     changes = {"hook_in": "blocks.0.hook_mlp_out", "hook_out": "blocks.0.hook_mlp_out"}
     sae = tc.Transcoder(transcoders[0].config.model_copy(update=changes))
     with pytest.raises(ValueError, match="hook_mlp_out"):
-        Names(lm, {0: sae}, tokens)
+        Names(tc.ReplacementModel(lm, {0: sae}), tokens)
 
 
 def test_a_model_without_bos_has_its_first_tokens_named_too(bundled):
     lm, transcoders, tokens = bundled
     lm.cfg.default_prepend_bos = False
     try:
-        values, places = naming.strongest(lm, {0: transcoders[0]}, tokens, k=1)[0]
+        values, places = naming.strongest(tc.ReplacementModel(lm, {0: transcoders[0]}), tokens, k=1)[0]
     finally:
         lm.cfg.default_prepend_bos = True
     assert (places[values > 0] % tokens.shape[1] == 0).any()
@@ -68,7 +69,7 @@ def test_a_feature_made_for_words_and_one_made_for_numbers_are_named_so(bundled)
             made.W_enc[:, feature] = direction
             made.b_enc[feature] = -float((ends[is_one].min() + ends[~is_one].max()) / 2)
         made.b_enc[2] = -1e6
-    named = Names(lm, {0: made}, tokens)
+    named = Names(tc.ReplacementModel(lm, {0: made}), tokens)
     assert named(0, 0) == "war"
     low, *high = named(0, 1).split("–")
     assert 31 <= int(low) <= int((high or [low])[0]) <= 33
@@ -78,7 +79,7 @@ def test_a_feature_made_for_words_and_one_made_for_numbers_are_named_so(bundled)
 
 def test_every_feature_of_a_prompt_has_a_name_and_other_rows_have_none(bundled, names):
     lm, transcoders, _ = bundled
-    trace = tc.trace(lm, transcoders, "The war lasted from the year 1732 to the year 17")
+    trace = tc.trace(tc.ReplacementModel(lm, transcoders), "The war lasted from the year 1732 to the year 17")
     table = tc.attribute(trace, tc.targets.logit(trace, "45"))
     column = names.column(table)
     assert (column[table["kind"] == "feature"].str.len() > 0).all()

@@ -21,7 +21,9 @@ FIELDS = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     model = make_model(tmp_path_factory.mktemp("model"))
-    trace = tc.trace(model, {0: make_transcoder(0), 1: make_transcoder(1)}, "w1 w2 w3 w4", check_fit=False)
+    trace = tc.trace(
+        tc.ReplacementModel(model, {0: make_transcoder(0), 1: make_transcoder(1)}), "w1 w2 w3 w4", check_fit=False
+    )
     whole = graph.build_graph(trace)
     folder = tmp_path_factory.mktemp("graphs")
     path = save_graph_json(trace, whole, folder, "a-graph", "gpt2-small", "tres-dc")
@@ -89,7 +91,7 @@ def test_an_error_node_never_takes_the_id_of_a_feature(tmp_path):
     transcoders = {0: make_transcoder(0), 1: make_transcoder(1)}
     with torch.no_grad():
         transcoders[0].b_enc[1] += 50  # active everywhere
-    trace = tc.trace(model, transcoders, "w1 w2", check_fit=False)
+    trace = tc.trace(tc.ReplacementModel(model, transcoders), "w1 w2", check_fit=False)
     content = json.loads(save_graph_json(trace, graph.build_graph(trace), tmp_path, "x", "tiny").read_bytes())
     ids = [node["node_id"] for node in content["nodes"]]
     assert {"0_1_2", "error_1_2"} <= set(ids) and len(ids) == len(set(ids))
@@ -99,7 +101,7 @@ def test_pruned_graphs_without_transcoders_and_other_targets(made, tmp_path):
     trace, whole, content, _ = made
     small = json.loads(save_graph_json(trace, pruning.prune(whole, 0.5), tmp_path, "x", "tiny").read_bytes())
     assert len(small["nodes"]) < len(content["nodes"])
-    bare = tc.trace(trace.model, {}, "w1 w2")
+    bare = tc.trace(tc.ReplacementModel(trace.model, {}), "w1 w2")
     chosen = [(targets.logit_difference(bare, "w3", "w4"), 1.0)]
     path = save_graph_json(bare, graph.build_graph(bare, chosen), tmp_path, "bare", "tiny")
     nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]

@@ -28,21 +28,21 @@ def laboratory():
 
 def test_few_features_are_exchanged_at_the_last_token_alone(laboratory):
     lm, parts, prompts = laboratory
-    table = replaced.few_features(lm, parts, prompts, 2, [3, 10_000])
+    table = replaced.few_features(tc.ReplacementModel(lm, parts), prompts, 2, [3, 10_000])
     assert list(table["k"]) == [3, 10_000]
     _, cache = lm.run_with_cache(prompts.tokens)
     out = parts[2].b_dec + sum(parts[k].encode(cache[hook_in(k)][:, -1]) @ parts[k].W_dec[:, 2 - k] for k in range(3))
     answers = gt.run(lm, prompts, lambda rows: interventions.ablate_mlp(2, out[rows], -1))
     expected = gt.probability_difference(answers, prompts.years).mean().item()
     assert table["difference"].iloc[1] == pytest.approx(expected, abs=1e-5)
-    at_random = replaced.few_features(lm, parts, prompts, 2, [3], seed=1)
-    again = replaced.few_features(lm, parts, prompts, 2, [3], seed=1)
+    at_random = replaced.few_features(tc.ReplacementModel(lm, parts), prompts, 2, [3], seed=1)
+    again = replaced.few_features(tc.ReplacementModel(lm, parts), prompts, 2, [3], seed=1)
     assert at_random.equals(again)
 
 
 def test_a_model_replaced_by_itself_agrees_under_every_ablation(laboratory):
     lm, parts, prompts = laboratory
-    table = replaced.under_ablations(lm, parts, prompts)
+    table = replaced.under_ablations(tc.ReplacementModel(lm, parts), prompts)
     assert table["ablated"].nunique() == 3 * (lm.cfg.n_heads + 1)
     same = replaced.agreement(table, "model", "model")
     assert same == {"correlation": pytest.approx(1.0), "error": 0.0}
@@ -56,10 +56,10 @@ def test_a_model_replaced_by_itself_agrees_under_every_ablation(laboratory):
 def test_early_features_know_nothing_of_what_is_ablated_after_them(laboratory):
     lm, parts, prompts = laboratory
     cut = interventions.ablate_mlp(1)
-    change = replaced.answer_of_mlp(lm, parts, prompts, 2, cut)
+    change = replaced.answer_of_mlp(tc.ReplacementModel(lm, parts), prompts, 2, cut)
     assert change["early"].abs().max() < 1e-4 < change["model"].abs().max()
     assert (change["imitated"] - change["early"]).abs().max() > 1e-4
-    writes = replaced.late_writes(lm, parts, prompts, 2, cut)
+    writes = replaced.late_writes(tc.ReplacementModel(lm, parts), prompts, 2, cut)
     assert set(writes["layer"]) == {0, 1} and (writes["activation"] - writes["ablated"]).abs().max() < 1e-4
     assert (writes["model"] - writes["model_ablated"]).abs().max() > 1e-4
     row = parts[0].rows(2)[int(writes.query("layer == 0").iloc[0]["feature"])]
@@ -78,7 +78,9 @@ def test_early_share(laboratory):
 
 def test_removals_and_graphs_by_layer(laboratory):
     lm, parts, _ = laboratory
-    trace = tc.trace(lm, parts, "The war lasted from the year 1735 to the year 17", check_fit=False)
+    trace = tc.trace(
+        tc.ReplacementModel(lm, parts), "The war lasted from the year 1735 to the year 17", check_fit=False
+    )
     answer = targets.logit_difference(trace, "45", "20")
     whole = graph.build_graph(trace, [(answer, 1.0)])
     table = replaced.removals(trace, whole, answer, 5)
@@ -95,7 +97,7 @@ def test_removals_and_graphs_by_layer(laboratory):
 def test_units_of_a_set_stand_side_by_side(laboratory):
     lm, parts, _ = laboratory
     texts = [chronicle(lm, 4, seed=s) for s in (1, 2)]
-    found = ground_truth.score_set(lm, parts, *texts)
+    found = ground_truth.score_set(tc.ReplacementModel(lm, parts), *texts)
     assert len(found.units) == 3 * 48
     _, cache = lm.run_with_cache(texts[1].tokens)
     z = parts[1].encode(cache[hook_in(1)])[torch.from_numpy(texts[1].labels != "bos")][:, 7].numpy()

@@ -106,7 +106,7 @@ def test_the_grid_that_a_message_suggests_is_one_that_matters(tmp_path):
         command.read_grid(tmp_path / "grid.json")
     suggested = json.loads(str(refusal.value).split("such as ")[1])
     runs = expand(suggested, declared_parameters(json.loads(NOTEBOOK.read_text(encoding="utf-8"))))
-    assert len({run["l1"] for run in runs if run["activation"] == "relu"}) == len(runs) == 2
+    assert len({run["l1_coefficient"] for run in runs if run["activation"] == "relu"}) == len(runs) == 2
     (tmp_path / "grid.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(ValueError, match="is not a grid") as refusal:
         command.read_grid(tmp_path / "grid.json")
@@ -130,7 +130,7 @@ def test_the_swept_notebook_declares_what_its_tagged_cell_sets():
     declared = {name: parameter.default for name, parameter in declared_parameters(parsed).items()}
     assert literals("".join(code[tagged]["source"])) == declared
     assert declared_defaults("".join(code[tagged + 1]["source"])) == declared
-    assert {"l1", "d_features", "activation", "skip", "layer", "seed"} <= declared.keys()
+    assert {"l1_coefficient", "d_features", "activation", "skip", "layer", "seed"} <= declared.keys()
     assert len(expand(SMALL, declared_parameters(parsed))) == 12
 
 

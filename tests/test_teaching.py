@@ -538,7 +538,7 @@ def test_judge_on_odd_answers():
 def laboratory():
     """The bundled model, its transcoders, and the trace of one prompt."""
     lm, layers = tc.load_model(device="cpu"), tc.load_transcoders(device="cpu")
-    return lm, layers, tc.trace(lm, layers, "The war lasted from the year 1735 to the year 17")
+    return lm, layers, tc.trace(tc.ReplacementModel(lm, layers), "The war lasted from the year 1735 to the year 17")
 
 
 def test_removal(laboratory, capsys):
@@ -568,7 +568,9 @@ def test_removal(laboratory, capsys):
 def test_cross_removal(laboratory, capsys):
     lm, _, _ = laboratory
     parts = {layer: make_transcoder(layer, d_model=lm.cfg.d_model, seed=1, n_writes=3 - layer) for layer in range(3)}
-    trace = tc.trace(lm, parts, "The war lasted from the year 1735 to the year 17", check_fit=False)
+    trace = tc.trace(
+        tc.ReplacementModel(lm, parts), "The war lasted from the year 1735 to the year 17", check_fit=False
+    )
     table = tc.attribute(trace, targets.feature(trace, 2, 5)).query("kind == 'feature' and layer == 0")
     source = table.iloc[0]
     writes = table[table["feature"] == source["feature"]].set_index("written")["contribution"]

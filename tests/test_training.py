@@ -19,8 +19,10 @@ def trained(model, tokens):
 
 def test_training_beats_the_untrained_transcoder(model, tokens, trained):
     transcoders, history = trained
-    table = evaluation.reconstruction(model, transcoders, tokens)
-    untrained = evaluation.reconstruction(model, {0: make_transcoder(0), 1: make_transcoder(1)}, tokens)
+    table = evaluation.reconstruction(tc.ReplacementModel(model, transcoders), tokens)
+    untrained = evaluation.reconstruction(
+        tc.ReplacementModel(model, {0: make_transcoder(0), 1: make_transcoder(1)}), tokens
+    )
     assert (table["fvu"] < 0.7).all() and (untrained["fvu"] > 1).all()
     assert (history.groupby("layer")["loss"].last() < history.groupby("layer")["loss"].first()).all()
 
@@ -36,14 +38,14 @@ def test_folded_weights_have_unit_decoder_rows_and_match_the_logged_fvu(model, t
     transcoders, history = trained
     torch.testing.assert_close(transcoders[0].W_dec.norm(dim=1), torch.ones(64))
     last = history[history["layer"] == 0]["fvu"].iloc[-1]
-    fvu = evaluation.reconstruction(model, transcoders, tokens)["fvu"][0]
+    fvu = evaluation.reconstruction(tc.ReplacementModel(model, transcoders), tokens)["fvu"][0]
     assert fvu == pytest.approx(last, rel=0.25)  # the logged one is of one batch, before the last step, BOS included
 
 
 def test_a_larger_penalty_is_sparser(model, tokens):
     sparse, _ = tc.train(model, tokens, [1], CONFIG.model_copy(update={"l1_coefficient": 0.2}))
     dense, _ = tc.train(model, tokens, [1], CONFIG.model_copy(update={"l1_coefficient": 0.0}))
-    l0 = [evaluation.reconstruction(model, t, tokens)["l0"][0] for t in (sparse, dense)]
+    l0 = [evaluation.reconstruction(tc.ReplacementModel(model, t), tokens)["l0"][0] for t in (sparse, dense)]
     assert l0[0] < 0.7 * l0[1]
 
 
@@ -51,7 +53,7 @@ def test_a_larger_penalty_is_sparser(model, tokens):
 def test_saes_are_trained_by_the_same_code(model, tokens, kind):
     saes, _ = tc.train(model, tokens, [1], CONFIG.model_copy(update={"kind": kind}))
     assert saes[1].config.hook_in == saes[1].config.hook_out
-    assert evaluation.reconstruction(model, saes, tokens)["fvu"][0] < 0.7
+    assert evaluation.reconstruction(tc.ReplacementModel(model, saes), tokens)["fvu"][0] < 0.7
 
 
 def test_reconstruction_against_numpy(model, tokens):
@@ -61,7 +63,7 @@ def test_reconstruction_against_numpy(model, tokens):
     x, y = acts.x.numpy()[keep].astype(float), acts.y.numpy()[keep].astype(float)
     z = np.maximum(x @ transcoder.W_enc.numpy() + transcoder.b_enc.numpy(), 0)
     error = y - z @ transcoder.W_dec.numpy() - transcoder.b_dec.numpy()
-    row = evaluation.reconstruction(model, {0: transcoder}, tokens, batch_size=7).iloc[0]
+    row = evaluation.reconstruction(tc.ReplacementModel(model, {0: transcoder}), tokens, batch_size=7).iloc[0]
     assert row["fvu"] == pytest.approx((error**2).sum() / ((y - y.mean(0)) ** 2).sum(), rel=1e-4)
     assert row["l0"] == pytest.approx((z > 0).sum(1).mean(), rel=1e-4)
     assert row["tokens"] == keep.sum()
@@ -71,7 +73,7 @@ def test_a_transcoder_that_writes_nothing_recovers_nothing(model, tokens):
     nothing = make_transcoder(0)
     for parameter in nothing.parameters():
         parameter.zero_()
-    table = evaluation.measure(model, {0: nothing}, tokens[:8]).groups
+    table = evaluation.measure(tc.ReplacementModel(model, {0: nothing}), tokens[:8]).groups
     assert table["recovered"][0] == pytest.approx(0, abs=1e-5)
     assert list(table["layer"]) == [0, "all"]
     assert evaluation.faithfulness(model, tokens[:8], {"edited": []})["ce"].iloc[1] == pytest.approx(table["ce"][0])
@@ -108,6 +110,6 @@ def test_bad_input_gets_one_sentence(model, tokens):
     with pytest.raises(ValueError, match="layers 0 to 1"):
         tc.train(model, tokens, [2], CONFIG)
     with pytest.raises(ValueError, match="there is no text"):
-        evaluation.reconstruction(model, {0: make_transcoder(0)}, tokens[:0])
+        evaluation.reconstruction(tc.ReplacementModel(model, {0: make_transcoder(0)}), tokens[:0])
     with pytest.raises(ValueError, match="diverged at step"):
         tc.train(model, tokens, [0], CONFIG.model_copy(update={"lr": 1e30}))

@@ -111,7 +111,9 @@ def exchange(python: str, code: str, format: str, folder: Path, model) -> None:
         ours[f"{activation}_{skip}"] = {0: make_transcoder(0, activation=activation, skip=skip, k=8)}
         tc.save_transcoders(ours[f"{activation}_{skip}"], folder / f"ours_{activation}_{skip}", format)
     if format == "circuit-tracer":
-        trace = tc.trace(model, {0: make_transcoder(0), 1: make_transcoder(1)}, "w1 w2 w3 w4", check_fit=False)
+        trace = tc.trace(
+            tc.ReplacementModel(model, {0: make_transcoder(0), 1: make_transcoder(1)}), "w1 w2 w3 w4", check_fit=False
+        )
         small = pruning.prune(graph.build_graph(trace), 0.9, 0.98)
         neuronpedia.save_graph_json(trace, small, folder, "graph", "tiny")
         cross = {kind: cross_layer(kind) for kind in ("relu", "jumprelu")}

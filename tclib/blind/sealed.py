@@ -23,11 +23,12 @@ from tclib.attribution import attribute
 from tclib.blind.rules import Rule, Words, score
 from tclib.circuits.one_step import Node, prompt_graph
 from tclib.circuits.path_search import best_first
-from tclib.inputs import bos_id, check_tokens, feature_of, words
+from tclib.inputs import bos_id, check_tokens, words
 from tclib.model import token_strings
 from tclib.plots import highlighted
+from tclib.replacement_model import ReplacementModel
 from tclib.targets import Target
-from tclib.tracing import Trace, check_belongs, trace
+from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
 
 
@@ -93,8 +94,7 @@ class Seal:
 
     def __init__(
         self,
-        model: TransformerBridge,
-        transcoders: dict[int, Transcoder],
+        replacement: ReplacementModel,
         layer: int,
         index: int,
         tokens: Int[Tensor, "row pos"],
@@ -111,8 +111,7 @@ class Seal:
         Raises:
             ValueError: the feature never fires on this text.
         """
-        index = feature_of(transcoders, layer, index)
-        check_belongs(model, layer, transcoders[layer])
+        index, model = replacement.feature(layer, index), replacement.model
         tokens = check_tokens(model, tokens)
         if activations.shape != tuple(tokens.shape):
             raise ValueError(f"activations have shape {activations.shape}, but the text {tuple(tokens.shape)}")
@@ -132,7 +131,7 @@ class Seal:
         if not rows:
             raise ValueError(f"mlp{layer}[{index}] is strong only behind two BOS: draw another, or give more text")
         prompts = [tokens[row, : at[row] + 1] for row in rows]
-        self._traces = [trace(model, transcoders, prompt) for prompt in prompts]
+        self._traces = [trace(replacement, prompt) for prompt in prompts]
         self._circuits: dict[tuple[int, float], pd.DataFrame] = {}
         self.activations = [float(activations[row, at[row]]) for row in rows]
 

@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib.activations import mlp_activations
 from tclib.inputs import check_tokens, words
 from tclib.model import layer_norms
-from tclib.tracing import check_belongs
+from tclib.replacement_model import check_belongs
 from tclib.transcoder import Transcoder, imitation, is_cross_layer
 
 BAD = 0.8  # the published transcoders leave far less unexplained; a wrong layer or transpose leaves about 1 or more

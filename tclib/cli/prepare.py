@@ -63,7 +63,7 @@ def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
 
 
 def _belong(model: Any, transcoders: Mapping[int, Any]) -> bool:
-    from tclib.tracing import check_belongs
+    from tclib.replacement_model import check_belongs
 
     try:
         for layer, transcoder in transcoders.items():

@@ -15,7 +15,7 @@ from tclib.io.paths import read_text
 from tclib.nb import Parameter, declared_parameters
 from tclib.nb.sweeps import NOTEBOOK, SMALL, load_results, sweep
 
-EXAMPLE = '{"l1": [0.01, 0.1]}'
+EXAMPLE = '{"l1_coefficient": [0.01, 0.1]}'
 SHOWN = ["seconds", "l0", "fvu", "recovered", "reason"]
 
 

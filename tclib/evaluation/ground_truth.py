@@ -7,7 +7,6 @@ Morcos et al. 2018; splitting and absorption follow Chanin et al. 2024, with uni
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +14,10 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import mlp_activations
+from tclib.replacement_model import ReplacementModel
 from tclib.text import LabelledText
-from tclib.transcoder import Transcoder
 
 Units = Float[np.ndarray, "token unit"]
 Truth = Bool[np.ndarray, "token label"]
@@ -93,14 +91,12 @@ def score(choose: Units, choose_truth: pd.DataFrame, test: Units, test_truth: pd
     return Scored(units, _score_labels(names, there, f1, thresholds, test, units, fires))
 
 
-def score_set(
-    model: TransformerBridge, transcoders: Mapping[int, Transcoder], choose: LabelledText, test: LabelledText
-) -> Scored:
+def score_set(replacement: ReplacementModel, choose: LabelledText, test: LabelledText) -> Scored:
     """`score` for all features of a set, those of all layers side by side in the order of the layers."""
-    splits = []
+    splits, transcoders = [], replacement.transcoders
     for text in (choose, test):
         z: dict[int, list[Tensor]] = {layer: [] for layer in transcoders}
-        for batch in mlp_activations(model, text.tokens, list(transcoders)):
+        for batch in mlp_activations(replacement.model, text.tokens, list(transcoders)):
             for layer, transcoder in transcoders.items():
                 z[layer].append(transcoder.encode(batch[layer].x).flatten(0, 1))
         units = torch.cat([torch.cat(parts) for parts in z.values()], 1).cpu().numpy()

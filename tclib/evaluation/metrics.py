@@ -34,7 +34,7 @@ from tclib.evaluation.faithfulness import accumulate, check_text, numbered
 from tclib.evaluation.stats import Sums, bootstrap_weights
 from tclib.inputs import check_layers, words
 from tclib.interventions import Hook, ablate_mlp, reencode_input, replace_mlp, replace_mlps
-from tclib.tracing import check_belongs, check_dtype
+from tclib.replacement_model import ReplacementModel
 from tclib.transcoder import Transcoder, imitation, is_cross_layer
 
 Groups = Mapping[Any, Sequence[int]]  # by layer, or by name
@@ -55,8 +55,7 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    model: TransformerBridge,
-    transcoders: Mapping[int, Transcoder],
+    replacement: ReplacementModel,
     tokens: Int[Tensor, "row pos"],
     batch_size: int = 16,
     groups: Groups | None = None,
@@ -73,10 +72,9 @@ def measure(
         seed: of the bootstrap.
 
     Raises:
-        ValueError: no text, no transcoder for a layer of a group, a layer that the model does not have, weights that
-            are not finite or on another device than the model, or transcoders of other hooks, widths or precision.
+        ValueError: no text, no transcoder at all or for a layer of a group, or weights that are not finite.
     """
-    tokens = check(model, transcoders, tokens)
+    tokens, model, transcoders = check(replacement, tokens), replacement.model, replacement.transcoders
     groups = cumulative(transcoders) if groups is None else groups
     _check_groups(transcoders, groups)
     layers = list(transcoders)
@@ -107,8 +105,7 @@ def measure(
 
 
 def evaluate(
-    model: TransformerBridge,
-    transcoders: Mapping[int, Transcoder],
+    replacement: ReplacementModel,
     tokens: Int[Tensor, "row pos"],
     batch_size: int = 16,
     replicates: int = 0,
@@ -118,19 +115,18 @@ def evaluate(
     Raises:
         ValueError: as `measure`.
     """
-    singles = {layer: [layer] for layer in transcoders}
-    m = measure(model, transcoders, tokens, batch_size, singles, replicates=replicates)
+    singles = {layer: [layer] for layer in replacement.transcoders}
+    m = measure(replacement, tokens, batch_size, singles, replicates=replicates)
     return m.layers.merge(m.groups, on=["layer", "replicate"] if replicates else "layer")
 
 
 def reconstruction(
-    model: TransformerBridge,
-    transcoders: Mapping[int, Transcoder],
+    replacement: ReplacementModel,
     tokens: Int[Tensor, "row pos"],
     batch_size: int = 16,
 ) -> pd.DataFrame:
     """The ``layers`` table of `measure` alone; the forward pass stops after the last layer asked for."""
-    return measure(model, transcoders, tokens, batch_size, groups={}).layers
+    return measure(replacement, tokens, batch_size, groups={}).layers
 
 
 def cumulative(layers: Mapping[int, Transcoder] | Sequence[int]) -> dict[int | str, list[int]]:
@@ -147,20 +143,11 @@ def replacement_hooks(layer: int, dictionary: Transcoder) -> list[Hook]:
     return reencode_input(layer, dictionary) if is_sae_of_input else replace_mlp(layer, dictionary)
 
 
-def check(
-    model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens: Int[Tensor, "row pos"]
-) -> Int[Tensor, "row pos"]:
+def check(replacement: ReplacementModel, tokens: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
     """The text as int64; raises one sentence for anything that would make the numbers meaningless."""
-    tokens = check_text(model, tokens)
-    check_layers(model, list(transcoders))
-    is_cross_layer(transcoders)  # refuses one of which layers are missing
-    device = torch.device(str(model.cfg.device)).type
-    for layer, transcoder in transcoders.items():
-        check_belongs(model, layer, transcoder, saes=True)
-        check_dtype(model, layer, transcoder)
-        where = transcoder.W_enc.device.type
-        if where != device:
-            raise ValueError(f"the transcoder of layer {layer} is on {where}, but the model is on {device}: move one")
+    tokens = check_text(replacement.model, tokens)
+    check_layers(replacement.model, list(replacement.transcoders))
+    for layer, transcoder in replacement.transcoders.items():
         for name, weight in transcoder.named_parameters():
             # The sum is formed thirty times as quickly; that of finite weights may overflow.
             if not weight.sum().isfinite() and not weight.isfinite().all():

@@ -26,8 +26,8 @@ from tclib.features.active import ActiveFinder
 from tclib.features.index import DTYPES, FLAT, FORMAT, ArrayFile, Index, blocks, fingerprint, finish, new_folder
 from tclib.inputs import bos_id, words
 from tclib.interventions import edited
+from tclib.replacement_model import ReplacementModel
 from tclib.text import text_hash
-from tclib.transcoder import Transcoder
 
 BATCH_ROWS = 16
 PART_TOKENS = 16_384
@@ -35,8 +35,7 @@ MERGED_AT_ONCE = 1_000_000  # activations
 
 
 def build_index(
-    model: TransformerBridge,
-    transcoders: Mapping[int, Transcoder],
+    replacement: ReplacementModel,
     tokens: Int[Tensor, "row pos"],
     folder: str | Path,
     shard: tuple[int, int] = (0, 1),
@@ -50,13 +49,13 @@ def build_index(
         shard: ``(i, n)`` indexes the i-th of n pieces of the text; `merge` joins the pieces.
 
     Raises:
-        ValueError: no text, transcoders that do not fit, a shard without rows, a full disk, or a folder begun with
+        ValueError: no text, no transcoder, a shard without rows, a full disk, or a folder begun with
             other weights or another text (both are named).
     """
-    tokens = check_input(model, transcoders, tokens)
+    tokens, model, transcoders = check_input(replacement, tokens), replacement.model, replacement.transcoders
     folder = Path(folder)
     start, stop = _shard_rows(len(tokens), shard)
-    about = _about(model, transcoders, tokens, start, stop)
+    about = _about(replacement, tokens, start, stop)
     if folder.exists():
         if not (folder / "index.json").exists():
             raise ValueError(f"{folder} exists and holds no index: choose a new folder")
@@ -230,17 +229,15 @@ def _run(model: TransformerBridge, rows: Tensor, names: set[str], stop: int) -> 
     return cache
 
 
-def check_input(
-    model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens: Int[Tensor, "row pos"]
-) -> Int[Tensor, "row pos"]:
+def check_input(replacement: ReplacementModel, tokens: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
     """The text as int64.
 
     Raises:
-        ValueError: no text, more than positions can count, or transcoders that do not fit the model.
+        ValueError: no text, more than positions can count, or no transcoder.
     """
-    if not transcoders:
+    if not replacement.transcoders:
         raise ValueError("there is no transcoder to index: give at least one layer")
-    tokens = check(model, transcoders, tokens)
+    tokens = check(replacement, tokens)
     if tokens.numel() >= 2**31:
         raise ValueError(f"{tokens.numel()} tokens are more than positions of 32 bits can count: index pieces of it")
     return tokens
@@ -258,7 +255,8 @@ def _shard_rows(n_rows: int, shard: tuple[int, int]) -> tuple[int, int]:
     return start, min(stop, n_rows)
 
 
-def _about(model, transcoders, tokens: Tensor, start: int, stop: int) -> dict:
+def _about(replacement: ReplacementModel, tokens: Tensor, start: int, stop: int) -> dict:
+    model, transcoders = replacement.model, replacement.transcoders
     layers = {
         str(layer): {"weights": fingerprint(t), "features": t.config.d_features}
         for layer, t in sorted(transcoders.items())

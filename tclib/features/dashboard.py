@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float32
-from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import connections, targets
 from tclib.activations import hook_in, hook_out
@@ -18,10 +16,11 @@ from tclib.evaluation.metrics import LIVE
 from tclib.features import connect, search
 from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index
-from tclib.inputs import bos_id, feature_of
+from tclib.inputs import bos_id
 from tclib.model import token_strings
+from tclib.replacement_model import ReplacementModel
 from tclib.tracing import trace
-from tclib.transcoder import Transcoder, TranscoderConfig
+from tclib.transcoder import TranscoderConfig
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ class Dashboard:
 
 @torch.no_grad()
 def collect(
-    model: TransformerBridge,
-    transcoders: Mapping[int, Transcoder],
+    replacement: ReplacementModel,
     index: Index,
     layer: int,
     feature: int,
@@ -82,10 +80,11 @@ def collect(
         ValueError: a layer or feature that is not there, or an index made from other weights.
     """
     fired = FeatureActivations(index, layer, feature)
-    feature = feature_of(transcoders, layer, fired.feature)
-    index.check(model, {layer: transcoders[layer]})
+    feature = replacement.feature(layer, fired.feature)
+    model, transcoders = replacement.model, replacement.transcoders
+    index.check(replacement, [layer])
     # Input-invariant numbers are the same at every prompt; BOS alone is the shortest.
-    traced = trace(model, dict(transcoders), torch.tensor([bos_id(model) or 0]))
+    traced = trace(replacement, torch.tensor([bos_id(model) or 0]))
     target = targets.feature(traced, layer, feature, 0)
     return Dashboard(
         name=f"mlp{layer}[{feature}]",

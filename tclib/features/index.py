@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float16, Int, Int32, Shaped
 from torch import nn
-from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.features.common_tokens import ROW, write_often
 from tclib.inputs import whole
 from tclib.io.paths import read_text
+from tclib.replacement_model import ReplacementModel
 from tclib.transcoder import Transcoder
 
 FORMAT = 2
@@ -181,21 +181,21 @@ class Index:
     def _from_first(self, positions: np.ndarray) -> np.ndarray:
         return positions - np.int32(self.first) if self.first else positions
 
-    def check(self, model: TransformerBridge, transcoders: Mapping[int, Transcoder]) -> Index:
-        """Refuse to be read beside other weights than it was made from.
+    def check(self, replacement: ReplacementModel, layers: Iterable[int] | None = None) -> Index:
+        """Refuse to be read beside other weights than it was made from, those of all layers or of some.
 
         Raises:
             ValueError: other weights (both fingerprints are named), or a layer that is not in the index.
         """
-        if (found := fingerprint(model)) != self.about["model"]:
+        if (found := fingerprint(replacement.model)) != self.about["model"]:
             raise ValueError(
                 f"the index in {self.folder} was made from model {self.about['model']}, not from this one, {found}: "
                 "build it again"
             )
-        for layer, transcoder in transcoders.items():
+        for layer in replacement.transcoders if layers is None else layers:
             self.layer_offsets(layer)
             made = self.about["layers"][str(layer)]["weights"]
-            if (found := fingerprint(transcoder)) != made:
+            if (found := fingerprint(replacement.transcoders[layer])) != made:
                 raise ValueError(
                     f"the index in {self.folder} was made from transcoder {made} of layer {layer}, not from this one, "
                     f"{found}: build it again"

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import hook_in, mlp_activations, our_name
 from tclib.evaluation.metrics import check
 from tclib.inputs import words
 from tclib.model import token_string
-from tclib.transcoder import Transcoder
+from tclib.replacement_model import ReplacementModel
 
 EXAMPLES = 40  # strongest activations from which a name is made
 ENOUGH = 0.6  # share of their activation that a name has to cover
@@ -41,15 +40,13 @@ class Names:
         tokens: rows of text, BOS first, as from `tclib.load_text`; a hundred rows name all but rare features.
 
     Raises:
-        ValueError: tokens or transcoders that do not fit the model.
+        ValueError: tokens that do not fit the model, or an SAE of the MLP's output.
     """
 
-    def __init__(
-        self, model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens: Int[Tensor, "row pos"]
-    ) -> None:
-        self.model, self.transcoders, self.tokens = model, dict(transcoders), tokens
+    def __init__(self, replacement: ReplacementModel, tokens: Int[Tensor, "row pos"]) -> None:
+        self.model, self.transcoders, self.tokens = replacement.model, replacement.transcoders, tokens
         self._strings: dict[int, str] = {}
-        self._strongest = strongest(model, self.transcoders, tokens)
+        self._strongest = strongest(replacement, tokens)
 
     def __call__(self, layer: int, feature: int) -> str:
         """The name alone, such as ``31–34``."""
@@ -109,14 +106,14 @@ class Names:
 
 @torch.no_grad()
 def strongest(
-    model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens: Int[Tensor, "row pos"], k: int = EXAMPLES
+    replacement: ReplacementModel, tokens: Int[Tensor, "row pos"], k: int = EXAMPLES
 ) -> dict[int, tuple[Float[Tensor, "feature k"], Int[Tensor, "feature k"]]]:
     """By layer: each feature's k largest activations, BOS left out, and where they stand (row * width + position)."""
     best: dict[int, tuple[Tensor, Tensor]] = {}
-    tokens = check(model, transcoders, tokens)
+    tokens, model, transcoders = check(replacement, tokens), replacement.model, replacement.transcoders
     for layer, transcoder in transcoders.items():
         if our_name(transcoder.config.hook_in) != hook_in(layer):
-            raise ValueError(f"{transcoder.config.hook_in} is not the input of MLP {layer}: only transcoders are named")
+            raise ValueError(f"{transcoder.config.hook_in} is not the input of MLP {layer}: what reads it can be named")
     begin = 0
     for batch in mlp_activations(model, tokens, list(transcoders), batch_size=16):
         for layer, transcoder in transcoders.items():

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.features.active import CHUNK, ActiveFinder
 from tclib.features.build import BATCH_ROWS, MERGED_AT_ONCE, PART_TOKENS, active_pairs, check_input
 from tclib.features.index import DTYPES
-from tclib.transcoder import Transcoder
+from tclib.replacement_model import ReplacementModel
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,13 @@ class Plan:
         )
 
 
-def plan(model: TransformerBridge, transcoders: Mapping[int, Transcoder], tokens: Int[Tensor, "row pos"]) -> Plan:
+def plan(replacement: ReplacementModel, tokens: Int[Tensor, "row pos"]) -> Plan:
     """Predict disk and memory before anything long is run; the density is measured on one batch of rows.
 
     Raises:
-        ValueError: no text, or transcoders that do not fit the model.
+        ValueError: no text, or no transcoder.
     """
-    tokens = check_input(model, transcoders, tokens)
+    tokens, model, transcoders = check_input(replacement, tokens), replacement.model, replacement.transcoders
     spread = torch.linspace(0, len(tokens) - 1, min(BATCH_ROWS, len(tokens))).long().unique()
     finders = {layer: ActiveFinder(t) for layer, t in transcoders.items()}
     found = active_pairs(model, finders, tokens[spread], 0)

@@ -7,20 +7,18 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Int32, UInt16
-from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.features import search
 from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index, fingerprint
 from tclib.io.paths import data_path, write_whole
-from tclib.transcoder import Transcoder
+from tclib.replacement_model import ReplacementModel
 
 STRONGEST, BANDS, EACH = 5, 5, 2  # examples kept of each feature
 
@@ -86,9 +84,7 @@ def save_summary(summary: Summary, path: str | Path) -> None:
     write_whole(Path(path), buffer.getvalue())
 
 
-def load_summary(
-    model: TransformerBridge, transcoders: Mapping[int, Transcoder], path: str | Path | None = None
-) -> Summary:
+def load_summary(replacement: ReplacementModel, path: str | Path | None = None) -> Summary:
     """Read what `save_summary` wrote; by default that of the bundled transcoders.
 
     Raises:
@@ -104,7 +100,8 @@ def load_summary(
         raise ValueError(f"no summary at {path}: make it with summarise and save_summary") from None
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"the summary {path.name} is damaged: {error}") from error
-    present = {"the model": fingerprint(model)} | {f"layer {k}": fingerprint(t) for k, t in transcoders.items()}
+    present = {"the model": fingerprint(replacement.model)}
+    present |= {f"layer {layer}": fingerprint(t) for layer, t in replacement.transcoders.items()}
     for name, found in present.items():
         if made.get(name) != found:
             raise ValueError(f"the summary {path.name} was made from {made.get(name)} as {name}, not from {found}")

@@ -16,21 +16,18 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib import targets
 from tclib.activations import hook_in
 from tclib.attribution import attribute
-from tclib.inputs import check_tokens, feature_of, from_end, whole
+from tclib.inputs import check_tokens, from_end, whole
 from tclib.interventions import Hook, edited, replace_mlp
 from tclib.model import to_tokens
 from tclib.plots import source_names
+from tclib.replacement_model import ReplacementModel
 from tclib.tasks import published
 from tclib.tracing import trace
-from tclib.transcoder import Transcoder
-
-Transcoders = dict[int, Transcoder]
 
 
 @torch.no_grad()
 def activation(
-    model: TransformerBridge,
-    transcoders: Transcoders,
+    replacement: ReplacementModel,
     tokens: Int[Tensor, " pos"],
     layer: int,
     index: int,
@@ -44,17 +41,16 @@ def activation(
     Args:
         bos: False: the prompt has no BOS in front, as some in the paper's code.
     """
-    index = feature_of(transcoders, layer, index)
+    index, model = replacement.feature(layer, index), replacement.model
     tokens = check_tokens(model, tokens, "the prompt", rows=False, bos=bos)
     position = from_end("position", position, len(tokens), "the prompt")
-    x = _read(model, transcoders, tokens, layer, position, replaced, hooks)
-    return transcoders[layer].encode(x)[index].item()
+    x = _read(replacement, tokens, layer, position, replaced, hooks)
+    return replacement.transcoders[layer].encode(x)[index].item()
 
 
 @torch.no_grad()
 def patches(
-    model: TransformerBridge,
-    transcoders: Transcoders,
+    replacement: ReplacementModel,
     tokens: Int[Tensor, " pos"],
     source: Int[Tensor, " pos"],
     layer: int,
@@ -76,11 +72,11 @@ def patches(
     Raises:
         ValueError: prompts of two lengths.
     """
-    index = feature_of(transcoders, layer, index)
+    index, model = replacement.feature(layer, index), replacement.model
     tokens, source = (check_tokens(model, t, "the prompt", rows=False) for t in (tokens, source))
     if len(tokens) != len(source):
         raise ValueError(f"the prompts have {len(tokens)} and {len(source)} tokens: patching needs one length")
-    before = _read(model, transcoders, tokens, layer)
+    before = _read(replacement, tokens, layer)
     every = [(i, h) for i in range(layer + 1) for h in range(model.cfg.n_heads)]
     rows = []
     for at, head in every if heads is None else heads:
@@ -89,8 +85,8 @@ def patches(
         row: dict[str, float] = {"layer": at, "head": head}
         for name, parts in {"keys_and_values": "kv", "values": "v"}.items():
             hooks = patch(model, source, at, head, position, parts)
-            after = _read(model, transcoders, tokens, layer, hooks=hooks)
-            row[name] = ((after - before) @ transcoders[layer].W_enc[:, index]).item()
+            after = _read(replacement, tokens, layer, hooks=hooks)
+            row[name] = ((after - before) @ replacement.transcoders[layer].W_enc[:, index]).item()
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -116,19 +112,19 @@ def patch(
     return [(name, edit) for name in sorted(names)]
 
 
-def published_cases(model: TransformerBridge, transcoders: Transcoders) -> dict[str, float]:
+def published_cases(replacement: ReplacementModel) -> dict[str, float]:
     """Our numbers for the ledger's entries of the three case studies, on GPT2-small with the paper's transcoders.
 
     The code release gives some prompts without BOS (scores) and others with it (caches); so does this.
     """
-    early = range(8)
+    early, model = range(8), replacement.model
 
     def at(prompt: str, index: int, **change) -> float:
         without_bos = to_tokens(model, prompt)[1:]
-        return activation(model, transcoders, without_bos, 8, index, bos=False, **change)
+        return activation(replacement, without_bos, 8, index, bos=False, **change)
 
     def circuit(prompt: str, index: int) -> dict[str, float]:
-        traced = trace(model, transcoders, prompt)
+        traced = trace(replacement, prompt)
         table = attribute(traced, targets.feature(traced, 8, index))
         by_name = dict(zip(source_names(table), table["contribution"], strict=True))
         entry = f"case_study_{index}_circuit"
@@ -137,8 +133,8 @@ def published_cases(model: TransformerBridge, transcoders: Transcoders) -> dict[
     def patched(parts: str) -> float:
         was, then = (to_tokens(model, prompt) for prompt in ("was caught", "then caught"))
         hooks = patch(model, was, 2, 8, 1, parts)
-        after = activation(model, transcoders, then, 8, 235, replaced=early, hooks=hooks)
-        return after - activation(model, transcoders, then, 8, 235)
+        after = activation(replacement, then, 8, 235, replaced=early, hooks=hooks)
+        return after - activation(replacement, then, 8, 235)
 
     rifle = "Oh, that rifle model is a 6M"
     numbers = {
@@ -162,8 +158,7 @@ def published_cases(model: TransformerBridge, transcoders: Transcoders) -> dict[
 
 
 def _read(
-    model: TransformerBridge,
-    transcoders: Transcoders,
+    replacement: ReplacementModel,
     tokens: Int[Tensor, " pos"],
     layer: int,
     position: int = -1,
@@ -171,6 +166,7 @@ def _read(
     hooks: Sequence[Hook] = (),
 ) -> Float[Tensor, " d_model"]:
     """What the transcoder reads there."""
+    model, transcoders = replacement.model, replacement.transcoders
     hooks = [hook for i in replaced for hook in replace_mlp(i, transcoders[i])] + list(hooks)
     name, tokens = hook_in(layer), tokens.to(model.cfg.device)[None]
     with edited(model, hooks):

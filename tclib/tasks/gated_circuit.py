@@ -18,13 +18,12 @@ from dataclasses import replace
 import pandas as pd
 import torch
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import hook_in, hook_out
 from tclib.interventions import Hook
+from tclib.replacement_model import ReplacementModel
 from tclib.tasks import greater_than as gt
-from tclib.tracing import check_belongs, check_dtype
-from tclib.transcoder import Transcoder, is_cross_layer
+from tclib.transcoder import is_cross_layer
 
 Node = tuple[str, int, int]  # ("head" | "feature" | "error", layer, index); an error has index 0
 
@@ -36,13 +35,12 @@ class Gated:
     """
 
     @torch.no_grad()
-    def __init__(self, model: TransformerBridge, transcoders: dict[int, Transcoder], prompts: gt.Prompts):
+    def __init__(self, replacement: ReplacementModel, prompts: gt.Prompts):
+        model, transcoders = replacement.model, replacement.transcoders
         gt.check_prompts(model, prompts)
         if is_cross_layer(transcoders):
             raise ValueError("a small circuit is made of nodes that write to one layer: give per-layer transcoders")
-        for layer, transcoder in transcoders.items():
-            check_belongs(model, layer, transcoder)
-            check_dtype(model, layer, transcoder)
+        replacement.need_transcoders()
         self.model, self.transcoders, self.prompts = model, transcoders, prompts
         layers = range(model.cfg.n_layers)
         names = [f for n in layers for f in (f"blocks.{n}.attn.hook_z", hook_in(n), self._out(n))]

@@ -18,6 +18,7 @@ from tclib.activations import hook_in, hook_out
 from tclib.circuits import validation
 from tclib.circuits.graph import Graph
 from tclib.interventions import Hook, ablate_head, ablate_mlp, edited, replace_mlps
+from tclib.replacement_model import ReplacementModel
 from tclib.targets import Target
 from tclib.tasks import greater_than as gt
 from tclib.tracing import Trace
@@ -26,8 +27,7 @@ from tclib.transcoder import Transcoder, imitation, writers
 
 @torch.no_grad()
 def few_features(
-    model: TransformerBridge,
-    transcoders: Mapping[int, Transcoder],
+    replacement: ReplacementModel,
     prompts: gt.Prompts,
     layer: int,
     ks: Sequence[int],
@@ -41,6 +41,7 @@ def few_features(
     Returns:
         ``k`` and ``difference``, the mean probability difference.
     """
+    model, transcoders = replacement.model, replacement.transcoders
     z, means, sizes = {}, {}, {}
     for at, rows in writers(transcoders, layer).items():
         (x,) = gt.at_last_token(model, prompts, at, [hook_in(at)])
@@ -93,16 +94,14 @@ def middle(model: TransformerBridge, prompts: gt.Prompts, layer: int) -> dict[st
 
 
 @torch.no_grad()
-def under_ablations(
-    model: TransformerBridge, transcoders: Mapping[int, Transcoder], prompts: gt.Prompts
-) -> pd.DataFrame:
+def under_ablations(replacement: ReplacementModel, prompts: gt.Prompts) -> pd.DataFrame:
     """What every head and MLP, held at its mean over the prompts, changes in the model and with all MLPs replaced.
 
     Returns:
         One row per ablation and prompt: ``ablated``, ``prompt``, and the change of the mean logit difference in the
         ``model`` and in the ``replaced`` one.
     """
-    layers = list(transcoders)
+    model, transcoders, layers = replacement.model, replacement.transcoders, list(replacement.transcoders)
     columns = {}
     for kind, hooks in {"model": [], "replaced": replace_mlps(transcoders, layers)}.items():
         base = gt.mean_logit_difference(gt.run(model, prompts, hooks), prompts.years)
@@ -126,8 +125,7 @@ def agreement(table: pd.DataFrame, ours: str = "replaced", theirs: str = "model"
 
 @torch.no_grad()
 def answer_of_mlp(
-    model: TransformerBridge,
-    transcoders: Mapping[int, Transcoder],
+    replacement: ReplacementModel,
     prompts: gt.Prompts,
     layer: int,
     ablation: Sequence[Hook],
@@ -138,6 +136,7 @@ def answer_of_mlp(
         ``model``, the change of the MLP's output; ``imitated``, that of its imitation from the ablated model's own
         activations; and ``early``, the part of the latter that features of earlier layers write.
     """
+    model, transcoders = replacement.model, replacement.transcoders
     writing = writers(transcoders, layer)
     names = {hook_out(layer), *(hook_in(at) for at in writing)}
     outputs: dict[str, list[Tensor]] = {"model": [], "imitated": [], "early": []}
@@ -155,8 +154,7 @@ def answer_of_mlp(
 
 @torch.no_grad()
 def late_writes(
-    model: TransformerBridge,
-    transcoders: Mapping[int, Transcoder],
+    replacement: ReplacementModel,
     prompts: gt.Prompts,
     layer: int,
     ablation: Sequence[Hook],
@@ -168,6 +166,7 @@ def late_writes(
         largest are left out), mean ``activation`` before the ablation and ``ablated``, and the MLP's output along the
         write in the same units, ``model`` and ``model_ablated``; largest first.
     """
+    model, transcoders = replacement.model, replacement.transcoders
     writing = {at: rows for at, rows in writers(transcoders, layer).items() if at < layer}
     names = {hook_out(layer), *(hook_in(at) for at in writing)}
     seen = []

@@ -18,6 +18,7 @@ from tclib.features.summary import Summary
 from tclib.inputs import bos_id, feature_of, whole
 from tclib.model import token_strings
 from tclib.plots import highlighted
+from tclib.replacement_model import ReplacementModel
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
 from tclib.ui.base import Explorer, replace_options, whole_number
@@ -188,8 +189,7 @@ class Browser(Explorer):
 
     def __init__(
         self,
-        model: TransformerBridge,
-        transcoders: dict[int, Transcoder],
+        replacement: ReplacementModel,
         summary: Summary,
         index: Index | None = None,
         selected: Selected | None = None,
@@ -197,10 +197,10 @@ class Browser(Explorer):
         self.index = index
         if selected:  # which may have been made before there was a summary
             selected.summary, selected.index = summary, index
-        self.model, self.transcoders, self.summary = model, transcoders, summary
-        self.traced = trace(model, transcoders, torch.tensor([bos_id(model) or 0]))
+        self.replacement, self.summary = replacement, summary
+        self.traced = trace(replacement, torch.tensor([bos_id(replacement.model) or 0]))
         short = w.Layout(width="200px")
-        layers = sorted(transcoders)
+        layers = sorted(replacement.transcoders)
         self.layer: Any = w.Dropdown(options=layers, value=layers[-1], description="layer", layout=short)
         self.by: Any = w.ToggleButtons(options=WAYS, description="search by", style={"button_width": "auto"})
         self.query = w.Text(
@@ -232,10 +232,10 @@ class Browser(Explorer):
         if by == "frequency":
             return by_frequency(self.summary, layer, *self.range.value)
         if by == "token":
-            return by_token(self.model, self.summary, layer, self.query.value)
+            return by_token(self.replacement.model, self.summary, layer, self.query.value)
         if by == "label":
             return by_label(self.summary, layer, self.query.value)
-        return similar(self.transcoders, self.summary, layer, self._wanted())
+        return similar(self.replacement.transcoders, self.summary, layer, self._wanted())
 
     def _search(self) -> str:
         said = self._list()

@@ -21,7 +21,7 @@ from tclib.features.dashboard_figure import figure
 from tclib.features.index import Index
 from tclib.io.paths import write_whole
 from tclib.plots import highlighted
-from tclib.transcoder import Transcoder
+from tclib.replacement_model import ReplacementModel
 from tclib.ui.markup import picture
 
 CELL = "padding: 1px 8px; text-align: right"
@@ -57,8 +57,7 @@ def save_dashboard(d: Dashboard, path: str | Path) -> None:
 
 
 def export(
-    model: TransformerBridge,
-    transcoders: Mapping[int, Transcoder],
+    replacement: ReplacementModel,
     index: Index,
     layer: int,
     features: Sequence[int],
@@ -73,11 +72,15 @@ def export(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for feature in features:
-        d = collect(model, transcoders, index, layer, feature, truth)
+        d = collect(replacement, index, layer, feature, truth)
         back = f'<p><a href="layer_{layer}.html">all features of layer {layer}</a></p>'
         _write(folder / _name(layer, feature), d.name, back + dashboard_html(d))
     page = folder / f"layer_{layer}.html"
-    _write(page, f"layer {layer}", layer_html(model, index, layer, truth, {f: _name(layer, f) for f in features}))
+    _write(
+        page,
+        f"layer {layer}",
+        layer_html(replacement.model, index, layer, truth, {f: _name(layer, f) for f in features}),
+    )
     return page
 
 

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 import pandas as pd
-from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.circuits.editing import FROZEN, edited_trace, predict
 from tclib.circuits.graph import Graph, build_graph, salient_logits
 from tclib.circuits.neuronpedia import graph_json, node_ids
 from tclib.circuits.pruning import influence, prune
 from tclib.model import to_tokens, token_strings
+from tclib.replacement_model import ReplacementModel
 from tclib.targets import Target
 from tclib.tracing import Trace, trace
-from tclib.transcoder import Transcoder
 from tclib.ui.answers import Question, next_tokens
 from tclib.ui.base import Explorer, Work
 from tclib.ui.graph_page import FRONT, cards, script
@@ -46,8 +45,7 @@ class Editor(Explorer):
 
     def __init__(
         self,
-        model: TransformerBridge,
-        transcoders: Mapping[int, Transcoder],
+        replacement: ReplacementModel,
         prompt: str,
         token: str = "",
         other: str = "",
@@ -58,7 +56,7 @@ class Editor(Explorer):
         token: the answer to explain, rather than ``other`` if that is given; empty explains the likeliest next tokens.
         names: names of the features, and the text that their cards quote; without it they have their numbers.
         """
-        self.model, self.transcoders, self.names = model, dict(transcoders), names
+        self.replacement, self.model, self.names = replacement, replacement.model, names
         # A name that says nothing is none: then the number stands there.
         self._name = cache(
             lambda *feature: "" if names is None or (name := names(*feature)) in ("various", "silent") else name
@@ -80,7 +78,7 @@ class Editor(Explorer):
 
     def _start(self, linked: dict[str, Any] | None = None) -> Work:
         yield 0.0
-        traced = trace(self.model, self.transcoders, self.prompt.value)
+        traced = trace(self.replacement, self.prompt.value)
         targets = self._targets(traced)
         yield 0.1
         graph = build_graph(traced, targets, MOST_FEATURES)
@@ -247,7 +245,7 @@ class Editor(Explorer):
                 continue
             plain = [self.model.tokenizer.decode([i]) for i in tokens.tolist()]
             if about["prompt_tokens"][1:] in (plain[1:], token_strings(self.model, tokens)[1:]):
-                return trace(self.model, self.transcoders, tokens)
+                return trace(self.replacement, tokens)
         return None
 
 

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.inputs import check_layers
 from tclib.plots import NEGATIVE, POSITIVE
+from tclib.replacement_model import ReplacementModel
 from tclib.tasks import greater_than as gt
 from tclib.tasks.unit_sweep import keep_units, rank_units
 from tclib.transcoder import Transcoder
@@ -73,18 +74,17 @@ class Lab(Explorer):
 
     def __init__(
         self,
-        model: TransformerBridge,
-        transcoders: dict[int, Transcoder],
+        replacement: ReplacementModel,
         nouns: Sequence[str] = ("war", "siege", "reign", "voyage"),
         centuries: Sequence[int] = gt.CENTURIES,
         layer: int | None = None,
     ):
-        self.model, self.transcoders, self._known = model, transcoders, {}
+        self.model, self.transcoders, self._known = replacement.model, replacement.transcoders, {}
         short = w.Layout(width="190px")
-        layer = max(transcoders) if layer is None else layer
+        layer = max(self.transcoders) if layer is None else layer
         self.noun: Any = w.Dropdown(options=list(nouns), description="noun", layout=short)
         self.century: Any = w.Dropdown(options=list(centuries), description="century", layout=short)
-        self.layer: Any = w.Dropdown(options=sorted(transcoders), value=layer, description="MLP", layout=short)
+        self.layer: Any = w.Dropdown(options=sorted(self.transcoders), value=layer, description="MLP", layout=short)
         self.year = w.IntSlider(35, 2, 98, description="YY", continuous_update=False)
         self.units: Any = w.ToggleButtons(
             options=["features", "neurons", "random features"], description="units", style={"button_width": "auto"}

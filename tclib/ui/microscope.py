@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 import pandas as pd
-from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.connections import logit_lens
 from tclib.plots import highlighted
+from tclib.replacement_model import ReplacementModel
 from tclib.tracing import Trace, trace
-from tclib.transcoder import Transcoder
 from tclib.ui.base import Explorer, prompt_field, replace_options, token_options
 from tclib.ui.markup import FAINT, LINE, TEXT, bars, paper, shown
 
@@ -98,16 +97,15 @@ class Microscope(Explorer):
 
     def __init__(
         self,
-        model: TransformerBridge,
-        transcoders: dict[int, Transcoder],
+        replacement: ReplacementModel,
         prompt: str,
         selected: Selected | None = None,
     ):
-        self.model, self.transcoders = model, transcoders
+        self.replacement = replacement
         self.prompt = prompt_field(prompt)
         self.token: Any = w.SelectionSlider(options=[("0", 0)], description="token", layout=w.Layout(width="360px"))
-        layers = [(f"mlp{layer}", layer) for layer in sorted(transcoders)]
-        self.layer: Any = w.Dropdown(options=layers, value=max(transcoders), description="layer")
+        layers = [(f"mlp{layer}", layer) for layer in sorted(replacement.transcoders)]
+        self.layer: Any = w.Dropdown(options=layers, value=max(replacement.transcoders), description="layer")
         self.feature: Any = w.Select(description="active here", rows=14, layout=w.Layout(width="300px"))
         self.overview, self.detail = w.HTML(layout=w.Layout(width="100%")), w.HTML(layout=w.Layout(flex="1 1 420px"))
         super().__init__(
@@ -123,7 +121,7 @@ class Microscope(Explorer):
         self.start(self._read)
 
     def _read(self) -> str:
-        self.trace = trace(self.model, self.transcoders, self.prompt.value)
+        self.trace = trace(self.replacement, self.prompt.value)
         self.cells = grid(self.trace)
         self.token.options = token_options(self.trace)
         self.token.value = len(self.trace.tokens) - 1
@@ -154,7 +152,7 @@ class Microscope(Explorer):
 
     def _focus(self) -> str:
         layer, position, token = self.layer.value, self.token.value, self.trace.token_strings[self.token.value]
-        count, of = len(self.feature.options), self.transcoders[layer].config.d_features
+        count, of = len(self.feature.options), self.replacement.transcoders[layer].config.d_features
         said = f"{count} of {of} features of layer {layer} are active at {position} {shown(token)}."
         if self.feature.value is None:
             self.detail.value = ""

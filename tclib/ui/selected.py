@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import ipywidgets as w
 import torch
 import traitlets
-from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.features.index import Index
 from tclib.features.summary import Summary
 from tclib.inputs import bos_id
+from tclib.replacement_model import ReplacementModel
 from tclib.tracing import trace
-from tclib.transcoder import Transcoder
 from tclib.ui.browser import card
 
 
@@ -24,8 +21,7 @@ class Selected(traitlets.HasTraits):
 
     def __init__(
         self,
-        model: TransformerBridge,
-        transcoders: Mapping[int, Transcoder],
+        replacement: ReplacementModel,
         summary: Summary | None = None,
         index: Index | None = None,
     ):
@@ -35,7 +31,7 @@ class Selected(traitlets.HasTraits):
         """
         super().__init__()
         self.summary, self.index = summary, index
-        self._traced = trace(model, dict(transcoders), torch.tensor([bos_id(model) or 0]))
+        self._traced = trace(replacement, torch.tensor([bos_id(replacement.model) or 0]))
         self.card = w.HTML()
 
     def choose(self, layer: int, feature: int) -> None:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 import ipywidgets as w
 import pandas as pd
-from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import targets
 from tclib.attribution import attribute
 from tclib.plots import source_names
+from tclib.replacement_model import ReplacementModel
 from tclib.targets import Target
 from tclib.tracing import Trace, trace
-from tclib.transcoder import Transcoder
 from tclib.ui.answers import Question
 from tclib.ui.base import Explorer, replace_options
 from tclib.ui.markup import bars, table
@@ -89,14 +88,13 @@ class Walker(Explorer):
 
     def __init__(
         self,
-        model: TransformerBridge,
-        transcoders: dict[int, Transcoder],
+        replacement: ReplacementModel,
         prompt: str,
         token: str,
         other: str = "",
         selected: Selected | None = None,
     ):
-        self.model, self.transcoders, self.walk = model, transcoders, []
+        self.replacement, self.walk = replacement, []
         self.question = Question(prompt, token, other)
         self.prompt, self.token, self.other = self.question.fields
         self.source = w.Select(description="source", rows=16, layout=w.Layout(width="340px"))
@@ -117,7 +115,7 @@ class Walker(Explorer):
         self.start(self._start)
 
     def _start(self) -> str:
-        traced = trace(self.model, self.transcoders, self.prompt.value)
+        traced = trace(self.replacement, self.prompt.value)
         walk = begin(traced, self.question.target(traced))
         self.trace, self.walk = traced, walk  # together, or not at all
         self.question.show(traced)

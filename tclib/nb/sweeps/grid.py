@@ -15,7 +15,7 @@ NAME_LENGTH = 12
 
 # What `make sweep` runs: three architectures at four settings of their sparsity each, one layer, one seed.
 SMALL: list[dict[str, Any]] = [
-    {"activation": ["relu"], "l1": [0.005, 0.02, 0.06, 0.15]},
+    {"activation": ["relu"], "l1_coefficient": [0.005, 0.02, 0.06, 0.15]},
     {"activation": ["topk"], "k": [4, 8, 16, 48]},
     {"activation": ["topk"], "skip": [True], "k": [4, 8, 16, 48]},
 ]
@@ -25,7 +25,7 @@ def expand(grid: Grid | Sequence[Grid], declared: Mapping[str, Parameter]) -> li
     """The parameters of every run, those that the grid leaves out at their defaults; each run once.
 
     Args:
-        grid: one grid, or several that are joined (topk needs ``k``, relu ``l1``: give each its own).
+        grid: one grid, or several that are joined (topk needs ``k``, relu ``l1_coefficient``: give each its own).
         declared: what the notebook accepts, see `tclib.nb.declared_parameters`.
 
     Raises:

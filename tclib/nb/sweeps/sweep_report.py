@@ -21,7 +21,7 @@ from tclib.io.paths import write_whole
 from tclib.nb.style import figure_defaults
 from tclib.nb.sweeps.results import Point, Results, table
 
-KNOBS = ("l1", "l0_price", "k")  # what sets how many features are active
+KNOBS = ("l1_coefficient", "l0_coefficient", "k")  # what sets how many features are active
 METRICS = {"fvu": "variance unexplained (FVU)", "increase": "cross-entropy lost, nats"}
 OVERLAP = 1.2  # lines are compared where the L0 that both reach spans at least this factor
 DRAWS = 200  # of the shuffled control
