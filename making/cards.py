@@ -8,7 +8,6 @@ author, year).
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from making.measure import APART, judge, smallest_drop, verdicts
 from making.transcoders import COMPARED_K, COMPARED_STEPS
 from tclib.chronicle import HELD_OUT_CENTURY, NOUNS
 from tclib.chronicle.words import DURATIONS
+from tclib.io.gguf_model import sha256
 from tclib.io.paths import data_path
 
 LICENCE = "CC0 1.0 (made by this project)"
@@ -80,10 +80,6 @@ def data_page(data: Path) -> str:
 
 def files(data: Path) -> list[Path]:
     return sorted(path for path in data.rglob("*") if path.is_file() and path != data / "README.md")
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def model_card(

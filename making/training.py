@@ -4,8 +4,8 @@ The batch of step i depends on (seed, i) only, so a run that is interrupted and 
 with the same weights as one that never stopped.
 """
 
+import io
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from making.gpt2 import GPT2
 from making.tokenizer import SEPARATOR
+from tclib.io.paths import write_whole
 
 PEAK_LR = 3e-3
 WARM_UP_STEPS = 150
@@ -159,12 +160,9 @@ def save_checkpoint(run: Path, step: int, model: GPT2, optimizers: list[torch.op
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
-    unfinished = run / "unfinished.pt"
-    with unfinished.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, run / f"checkpoint_{step:08d}.pt")
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(run / f"checkpoint_{step:08d}.pt", content.getvalue())
     for old in checkpoints(run)[:-2]:
         old.unlink()
 

@@ -78,44 +78,25 @@ def de_embed(trace: Trace, target: Target, heads: Sequence[Head] = ()) -> pd.Ser
 
 
 @torch.no_grad()
-def made_by_mlp0(trace: Trace) -> Float[Tensor, "vocab d_model"]:
-    """What MLP0's transcoder makes of each token's embedding alone, ``TC0(LN(W_E))``.
-
-    Raises:
-        ValueError: layer 0 has no transcoder, or it writes through a norm.
-    """
-    first, norm = trace.transcoders[trace.layer(0, with_transcoder=True)], trace.norm("mlp_in", 0)
-    written = embeddings(trace.model)
-    if trace.after_mlp(0) is not None:
-        raise ValueError("the transcoder of layer 0 writes through a norm, whose scale depends on the whole MLP")
-    return torch.cat([first(part if norm is None else norm.normalised(part)) for part in written.split(1024)])
-
-
-@torch.no_grad()
-def de_embed_through_mlp0(
-    trace: Trace,
-    target: Target,
-    heads: Sequence[Head] = (),
-    made: Float[Tensor, "vocab d_model"] | None = None,
-) -> pd.DataFrame:
+def de_embed_through_mlp0(trace: Trace, target: Target, heads: Sequence[Head] = ()) -> pd.DataFrame:
     """De-embedding extended by what MLP0's transcoder makes of each token: ``W_E r`` and ``TC0(LN(W_E)) r``.
 
     MLP0 is given the token's embedding alone, without position and attention, as if the token stood anywhere.
-
-    Args:
-        made: `made_by_mlp0`, which is most of the work, to use it for several targets.
 
     Returns:
         By token string: ``direct``, ``through_mlp0`` and ``total``, largest total first.
 
     Raises:
-        ValueError: layer 0 has no transcoder, or the target does not come after it.
+        ValueError: layer 0 has no transcoder, or one that writes through a norm; the target does not come after it.
     """
     if (heads[-1][0] if heads else target.layer) < 1:
         raise ValueError(f"{target.name} is read before MLP0 has written")
+    first, norm = trace.transcoders[trace.layer(0, with_transcoder=True)], trace.norm("mlp_in", 0)
+    if trace.after_mlp(0) is not None:
+        raise ValueError("the transcoder of layer 0 writes through a norm, whose scale depends on the whole MLP")
     W_E, direction = embeddings(trace.model), reader(trace, target, heads)
-    through = (made_by_mlp0(trace) if made is None else made) @ direction
-    columns = {"direct": W_E @ direction, "through_mlp0": through}
+    made = torch.cat([first(part if norm is None else norm.normalised(part)) for part in W_E.split(1024)])
+    columns = {"direct": W_E @ direction, "through_mlp0": made @ direction}
     table = pd.DataFrame({name: c.cpu().numpy() for name, c in columns.items()}, index=_vocabulary(trace.model))
     table["total"] = table["direct"] + table["through_mlp0"]
     return table.sort_values("total", ascending=False)

@@ -34,12 +34,10 @@ def by_features(trace: Trace, layer: int, position: int, direction: Float[Tensor
         raise ValueError("features of several layers write to an MLP of a cross-layer transcoder: use attribute")
     features, *others = of_mlp(trace, layer)
     active = features.items(here)
-    rest = {}
-    for source in others:
-        items = source.items(here)
-        name = "bias" if source.kind == "transcoder_bias" else source.kind
-        rest[name] = source.amounts(here, items)[0] @ source.vectors(items)
-    rest = dict(sorted(rest.items()))
+    written = [(s.kind.removeprefix("transcoder_"), s, s.items(here)) for s in others]
+    rest = {
+        name: s.amounts(here, items)[0] @ s.vectors(items) for name, s, items in sorted(written, key=lambda w: w[0])
+    }
     dependent, invariant = features.amounts(here, active)[0], features.along(active, direction[:, None])[:, 0]
     return _table(active, dependent, invariant, rest, direction)
 

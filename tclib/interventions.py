@@ -151,11 +151,7 @@ def reencode_input(layer: int, sae: Transcoder) -> list[Hook]:
     """The MLP's input becomes SAE(x), an SAE on ``ln2.hook_normalized``; the MLP itself still computes."""
     if our_name(sae.config.hook_in) != hook_in(layer):
         raise ValueError(f"this SAE reads {sae.config.hook_in}, not {hook_in(layer)}, the input of that layer's MLP")
-
-    def edit(x: Tensor, hook) -> Tensor:
-        return sae(x)
-
-    return [(sae.config.hook_in, edit)]
+    return [(sae.config.hook_in, lambda x, hook: sae(x))]
 
 
 def ablate_mlp(
@@ -222,23 +218,13 @@ def set_features(
     Of a cross-layer transcoder, in all their writes; `freeze` what must not answer those.
     """
     changed = _feature_mask(transcoder, features)
-
-    def change(z: Tensor) -> Tensor:
-        new = torch.where(changed.to(z.device), torch.as_tensor(value, dtype=z.dtype, device=z.device), z)
-        return new - z
-
-    return _changing(layer, transcoder, change, positions)
-
-
-def _changing(
-    layer: int, transcoder: Transcoder, change: Callable[[Tensor], Tensor], positions: Positions
-) -> list[Hook]:
-    """What ``change`` adds to activations is written wherever the features write."""
     _check_layer(layer, transcoder)
     changes: dict[str, Tensor] = {}
 
     def remember(x: Tensor, hook) -> None:
-        changes["z"] = change(transcoder.encode(x[:, _places(positions, x)]))
+        z = transcoder.encode(x[:, _places(positions, x)])
+        new = torch.as_tensor(value, dtype=z.dtype, device=z.device)
+        changes["z"] = torch.where(changed.to(z.device), new, z) - z
 
     def edit(y: Tensor, hook, later: int) -> Tensor:
         y = y.clone()

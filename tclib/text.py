@@ -78,7 +78,8 @@ def chronicle(
         labels += ["bos"] * len(first) + [*document.labels([end for _, end in encoded["offset_mapping"]])]
     # Every row brings its own BOS, so the first document's is dropped.
     ids, labels = ids[len(first) :], labels[len(first) :]
-    return LabelledText(_rows(ids, rows, width, first), _label_rows(labels, rows, width, ["bos"] * len(first)))
+    tokens, labelled = _rows(ids, rows, width, first), _rows(labels, rows, width, ["bos"] * len(first), object)
+    return LabelledText(torch.from_numpy(tokens), labelled)
 
 
 def pack(model: TransformerBridge, texts: Iterable[str], rows: int, width: int = ROW) -> Int[Tensor, "row pos"]:
@@ -96,7 +97,7 @@ def pack(model: TransformerBridge, texts: Iterable[str], rows: int, width: int =
             part = text[start : start + 100_000]
             ids += [*(first if start == 0 else []), *model.tokenizer(part, add_special_tokens=False)["input_ids"]]
             if len(ids) > rows * (width - len(first)):
-                return _rows(ids[len(first) :], rows, width, first)
+                return torch.from_numpy(_rows(ids[len(first) :], rows, width, first))
     have = len(ids) // (width - len(first))
     raise ValueError(f"the text fills {have} rows of {width} tokens, but {rows} were asked for: give more text")
 
@@ -112,16 +113,10 @@ def _width(model: TransformerBridge, width: int) -> int:
     return min(width, model.cfg.n_ctx)
 
 
-def _rows(ids: list[int], rows: int, width: int, first: list[int]) -> Int[Tensor, "row pos"]:
+def _rows(values: list, rows: int, width: int, first: list, dtype: type = np.int64) -> Shaped[np.ndarray, "row pos"]:
     width -= len(first)
-    body = torch.tensor(ids[: rows * width]).view(rows, width)
-    return torch.cat([torch.tensor(first, dtype=body.dtype).expand(rows, -1), body], dim=1)
-
-
-def _label_rows(labels: list[str], rows: int, width: int, first: list[str]) -> np.ndarray:
-    width -= len(first)
-    body = np.array(labels[: rows * width], dtype=object).reshape(rows, width)
-    return np.concatenate([np.full((rows, len(first)), "bos", dtype=object), body], axis=1)
+    body = np.array(values[: rows * width], dtype=dtype).reshape(rows, width)
+    return np.hstack([np.array([first] * rows, dtype=dtype).reshape(rows, len(first)), body])
 
 
 def _sampled(model: TransformerBridge, rows: int, seed: int) -> Int[Tensor, "row pos"]:

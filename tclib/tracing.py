@@ -186,18 +186,12 @@ class Trace:
         """Layers whose attention has written to what this place reads (those of the MLPs are ``range(layer)``)."""
         return range((self.stage(place, layer) + 1) // 2)
 
-    def active(self, position: int = -1, top: int | None = None) -> pd.DataFrame:
+    def active(self, position: int = -1) -> pd.DataFrame:
         """The features that are active at a position, strongest first: layer, feature, activation."""
-        position = self.position(position)
-        records = []
-        for layer, z in self.features.items():
-            index = z[position].nonzero().squeeze(-1)
-            records += [
-                {"layer": layer, "feature": i, "activation": a}
-                for i, a in zip(index.tolist(), z[position, index].tolist(), strict=True)
-            ]
-        table = pd.DataFrame(records, columns=["layer", "feature", "activation"])
-        return table.sort_values("activation", ascending=False, ignore_index=True).head(top or len(table))
+        at = self.position(position)
+        found = [(n, i, z[at, i].item()) for n, z in self.features.items() for i in z[at].nonzero()[:, 0].tolist()]
+        table = pd.DataFrame(found, columns=["layer", "feature", "activation"])
+        return table.sort_values("activation", ascending=False, ignore_index=True)
 
 
 @torch.no_grad()

@@ -75,15 +75,9 @@ class Transcoder(nn.Module):
 
     def __init__(self, config: TranscoderConfig):
         super().__init__()
-        self.config = config
-        c = config
-        self.W_enc = nn.Parameter(torch.zeros(c.d_in, c.d_features))
-        self.b_enc = nn.Parameter(torch.zeros(c.d_features))
-        self.W_dec = nn.Parameter(torch.zeros(expected_shapes(c)["W_dec"]))
-        self.b_dec = nn.Parameter(torch.zeros(c.d_out))
-        self.W_skip = nn.Parameter(torch.zeros(c.d_in, c.d_out)) if c.skip else None
-        has_threshold = c.activation in ("jumprelu", "batchtopk")
-        self.threshold = nn.Parameter(torch.zeros(c.d_features)) if has_threshold else None
+        self.config, shapes = config, expected_shapes(config)
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "threshold"):
+            self.register_parameter(name, nn.Parameter(torch.zeros(shapes[name])) if name in shapes else None)
 
     @property
     def reach(self) -> int:
@@ -167,11 +161,9 @@ class Transcoder(nn.Module):
         files = _files(stem)
         files[0].parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu() for name, t in self.state_dict().items()}
-        if dtype == torch.int8:
-            dtype = torch.float16
-            rounded = {name: _rounded(tensors.pop(name), counts) for name, counts in ROUNDED.items()}
-        else:
-            rounded = {}
+        of_int8 = ROUNDED if dtype == torch.int8 else {}
+        rounded = {name: _rounded(tensors.pop(name), counts) for name, counts in of_int8.items()}
+        dtype = torch.float16 if of_int8 else dtype
         tensors = {name: t.to(dtype).contiguous() for name, t in tensors.items()}
         for name, (levels, scale) in rounded.items():
             tensors |= {name: levels, f"{name}.scale": scale}

@@ -21,8 +21,8 @@ import pytest
 import tclib as tc
 from tclib.cli import bootstrap, commands, prepare, serve, site, teach, testing
 from tclib.cli import run as run_module
-from tclib.cli.peak import Peak
-from tclib.cli.run import declared_names, literal, run, select, typed
+from tclib.cli.kernels import peak
+from tclib.cli.run import declared_defaults, literal, run, select, typed
 from tclib.cli.sweep import with_axes
 from tclib.nb import find_headline
 from tclib.nb.teaching import report  # noqa: F401  before a test gives up the right to read its imports
@@ -277,12 +277,12 @@ def test_a_model_without_transcoders_is_told_what_to_train(repo, write_notebook,
 
 def test_a_peak_is_that_of_all_that_was_started():
     code = "import sys; x = b'1' * 300_000_000; print(flush=True); sys.stdin.read()"
-    with Peak() as peak:
+    with peak() as gigabytes:
         child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         child.stdout.readline()
         time.sleep(0.5)
         child.communicate()
-    assert 0.3 < peak.gigabytes < 0.4
+    assert 0.3 < gigabytes[0] < 0.4
 
 
 def test_a_name_is_used_once(repo, capsys):
@@ -438,7 +438,7 @@ def test_headline_is_the_last_one(repo, write_notebook):
 
 def test_declared_names(repo):
     notebook = json.loads((repo / "notebooks/02_good.ipynb").read_text(encoding="utf-8"))
-    assert declared_names(notebook) == ["model", "layer"]
+    assert list(declared_defaults(notebook)) == ["model", "layer"]
 
 
 def test_literals():

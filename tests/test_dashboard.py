@@ -173,7 +173,7 @@ def test_tokens_cannot_break_out(made):
     hostile = dashboard.Example(1, 0.0, 1.0, 0, 0, [evil], np.array([1.0], np.float32))
     renamed = made.logit_lens.rename({made.logit_lens.index[0]: evil})
     d = dashboard.Dashboard(**{**made.__dict__, "examples": [hostile], "logit_lens": renamed})
-    found = Reader(dashboard_page.dashboard_html(d, with_figure=False))
+    found = Reader(dashboard_page.dashboard_html(d))
     assert "script" not in {tag for tag, _ in found.tags} and evil in "".join(found.words)
     dashboard_figure.figure(d).canvas.draw()  # nor mathematics in the figure
     plt.close("all")

@@ -32,7 +32,6 @@ from tclib.circuits.graph_files import save_graph
 from tclib.circuits.neuronpedia import save_graph_json
 from tclib.features import Index, build_index
 from tclib.training.run_folder import RunFolder
-from tclib.ui.circuit_page import save_page
 from tests.tiny import make_model, make_transcoder
 
 assert "é".encode(errors="ignore") and open(__file__).encoding.lower() not in ("utf-8", "utf8")

@@ -320,8 +320,6 @@ def test_by_similarity(transcoders):
     cosine = W @ W[3]
     cosine[3] = -1
     assert near["feature"][0] == cosine.argmax() and near["cosine"][0] == pytest.approx(cosine.max().item(), abs=1e-5)
-    with pytest.raises(ValueError, match="'decoder' or 'encoder'"):
-        search.by_similarity(transcoders[0], 3, side="both")
 
 
 def test_co_firing(built, dense):

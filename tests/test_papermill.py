@@ -9,7 +9,7 @@ import papermill
 import pytest
 
 from tclib.cli.prepare import has_smollm2, own_model
-from tclib.cli.run import declared_names
+from tclib.cli.run import declared_defaults
 from tests.conftest import COMMITTED
 
 # notebook -> parameters that change what it shows and keep it quick
@@ -108,7 +108,7 @@ def test_runs_with_other_parameters(path, tmp_path):
     assert path.stem in SECOND_SET, f"add a second set of parameters for {path.stem} to {__name__}"
     parameters = SECOND_SET[path.stem]
     # Refused by the notebook as well, but only after its imports.
-    assert parameters.keys() <= set(declared_names(json.loads(path.read_text(encoding="utf-8"))))
+    assert parameters.keys() <= declared_defaults(json.loads(path.read_text(encoding="utf-8"))).keys()
     papermill.execute_notebook(
         path,
         tmp_path / path.name,

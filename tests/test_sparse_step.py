@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tclib as tc
-from tclib.training.fast import active_pairs, screening
+from tclib.training.fast import screening, sparse_step
 from tclib.training.fast.pairs import Pairs
 from tclib.training.fast.sparse_step import SparseTrainer, make_trainer
 from tclib.training.trainer import Trainer
@@ -55,7 +55,7 @@ def plain_and_sparse(kind, dtype=torch.float64, **changes):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["64", "32"])
 def test_gradients_are_those_of_the_dense_step(kind, skip, way, dtype, bound, monkeypatch):
-    monkeypatch.setattr(active_pairs, "bfloat16_hardware", lambda: True)
+    monkeypatch.setattr(sparse_step, "bfloat16_hardware", lambda: True)
     plain, fast = plain_and_sparse(kind, dtype, skip=skip, screen_below=WAYS[way])
     x, y = plain.scaled(*data(dtype, seed=1))
     for dead in (False, True):
@@ -262,8 +262,8 @@ def test_equal_values_are_kept_in_the_order_of_features_whatever_else_is_there()
 
 def test_without_the_hardware_the_product_is_exact(monkeypatch):
     plain, fast = plain_and_sparse("relu", torch.float32, screen_below=1.0)
-    fast.find.screen = None  # would fail if it were used
-    monkeypatch.setattr(active_pairs, "bfloat16_hardware", lambda: False)
+    fast.screen = None  # would fail if it were used
+    monkeypatch.setattr(sparse_step, "bfloat16_hardware", lambda: False)
     x, y = plain.scaled(*data(torch.float32))
     (loss, _, count), _ = plain.gradients(x, y)
     (loss2, _, count2), _ = fast.gradients(x, y)

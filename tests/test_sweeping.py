@@ -258,7 +258,7 @@ def test_a_run_that_kills_its_workers_is_a_row(tmp_path, write_notebook):
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_an_interrupted_sweep_goes_on_where_it_stopped(notebook, tmp_path, threads, number):
     out, code = tmp_path / "out", "import sys\nfrom pathlib import Path\nfrom tclib.cli import sweep\n"
-    code += "if __name__ == '__main__':\n    sys.exit(sweep.main(sys.argv[2:], notebook=Path(sys.argv[1])))"
+    code += "if __name__ == '__main__':\n    sys.exit(sweep.sweep(sys.argv[2:], notebook=Path(sys.argv[1])))"
     (tmp_path / "main.py").write_text(code, encoding="utf-8")
     (tmp_path / "grid.json").write_text(json.dumps([{"k": [1]}, {"k": [2, 3], "wait": [30]}]), encoding="utf-8")
     arguments = ["--grid", str(tmp_path / "grid.json"), "--folder", str(out)]
@@ -279,7 +279,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(notebook, tmp_path, threa
     assert reads(out) == before
     assert sum(bool(run.reason) for run in sweeps.load_results(out).runs) == 0  # interrupted is not failed
     scheduler = ["--scheduler", threads.scheduler.address]
-    assert command.main([*arguments, *scheduler, "-p", "wait", "0"], notebook=notebook) == 0
+    assert command.sweep([*arguments, *scheduler, "-p", "wait", "0"], notebook=notebook) == 0
     assert before.items() <= reads(out).items() and len(reads(out)) == 3
 
 
@@ -340,7 +340,7 @@ def test_the_command_prints_a_table_and_writes_a_report(notebook, tmp_path, caps
     (tmp_path / "grid.json").write_text('{"k": [1, 2], "price": [1.0]}', encoding="utf-8")
     arguments = ["--grid", str(tmp_path / "grid.json"), "--folder", str(tmp_path / "out")]
     arguments += ["--scheduler", threads.scheduler.address, "-p", "fate", "['good', 'raise']"]
-    assert command.main(arguments, notebook=notebook) == 1
+    assert command.sweep(arguments, notebook=notebook) == 1
     printed = capsys.readouterr()
     assert "planted" in printed.out and str(tmp_path / "out" / "report.md") in printed.out
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
@@ -358,7 +358,7 @@ def test_the_command_prints_a_table_and_writes_a_report(notebook, tmp_path, caps
     ],
 )
 def test_the_command_refuses_in_one_sentence(tmp_path, capsys, arguments, sentence):
-    assert command.main([*arguments, "--folder", str(tmp_path / "out")]) == 2
+    assert command.sweep([*arguments, "--folder", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert sentence in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()

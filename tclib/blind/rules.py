@@ -8,6 +8,7 @@ the correlation of rule and activation, each with an interval over rows and besi
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_, or_
@@ -43,132 +44,84 @@ def words(model: TransformerBridge, text: LabelledText) -> Words:
     return Words(strings[places].reshape(text.tokens.shape), text.labels, are_words(model, text.tokens).cpu().numpy())
 
 
+@dataclass(frozen=True)
 class Rule:
-    """What is claimed of a feature. Combine rules with ``&``, ``|`` and ``~``."""
+    """What is claimed of a feature, as a line of text and as code. Combine rules with ``&``, ``|`` and ``~``."""
+
+    line: str
+    holds: Callable[[Words], Hits]
 
     def hits(self, text: Words) -> Hits:
         """At which tokens the feature should fire; never at BOS."""
-        return self._holds(text) & text.scored
+        return self.holds(text) & text.scored
 
-    def _holds(self, text: Words) -> Hits:
-        raise NotImplementedError
+    def __str__(self) -> str:
+        return self.line
 
     def __and__(self, other: Rule) -> Rule:
-        return _Both(self, other)
+        return Rule(f"{self} && {other}", lambda text: self.holds(text) & other.holds(text))
 
     def __or__(self, other: Rule) -> Rule:
-        return _Either(self, other)
+        return Rule(f"{self} || {other}", lambda text: self.holds(text) | other.holds(text))
 
     def __invert__(self) -> Rule:
-        return _Not(self)
+        return Rule(f"!{self}", lambda text: ~self.holds(text))
 
 
-class Tokens(Rule):
+# Capitalised, though they are functions: notebook 05 and hypotheses that people have written use these names.
+def Tokens(*tokens: str, offset: int = 0) -> Rule:
     """The token ``offset`` places from here (0: this one, -1: the one before) is one of these."""
-
-    def __init__(self, *tokens: str, offset: int = 0):
-        if not tokens:
-            raise ValueError("a token set needs at least one token")
-        self.tokens, self.offset = tokens, offset
-
-    def _holds(self, text: Words) -> Hits:
-        return _shifted(np.isin(text.tokens, self.tokens), self.offset)
-
-    def __str__(self) -> str:
-        return f"tokens{f'@{self.offset}' if self.offset else ''}: {'|'.join(self.tokens)}"
+    if not tokens:
+        raise ValueError("a token set needs at least one token")
+    line = f"tokens{f'@{offset}' if offset else ''}: {'|'.join(tokens)}"
+    return Rule(line, lambda text: _shifted(np.isin(text.tokens, tokens), offset))
 
 
-class Before(Rule):
+def Before(within: int, *tokens: str) -> Rule:
     """One of these tokens is among the ``within`` tokens before this one: a relation between positions."""
+    if within < 1 or not tokens:
+        raise ValueError(f"within = {within}: look back at least one token, for at least one token")
 
-    def __init__(self, within: int, *tokens: str):
-        if within < 1 or not tokens:
-            raise ValueError(f"within = {within}: look back at least one token, for at least one token")
-        self.within, self.tokens = within, tokens
+    def holds(text: Words) -> Hits:
+        there = np.isin(text.tokens, tokens)
+        return np.any([_shifted(there, -back) for back in range(1, within + 1)], axis=0)
 
-    def _holds(self, text: Words) -> Hits:
-        there = np.isin(text.tokens, self.tokens)
-        return np.any([_shifted(there, -back) for back in range(1, self.within + 1)], axis=0)
-
-    def __str__(self) -> str:
-        return f"before {self.within}: {'|'.join(self.tokens)}"
+    return Rule(f"before {within}: {'|'.join(tokens)}", holds)
 
 
-class Regex(Rule):
+def Regex(pattern: str) -> Rule:
     """The text matches this regular expression, and the match ends inside this token. A row is one text."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
 
-    def __init__(self, pattern: str):
-        try:
-            self.pattern = re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-
-    def _holds(self, text: Words) -> Hits:
+    def holds(text: Words) -> Hits:
         found = np.zeros(text.tokens.shape, dtype=bool)
         for row, tokens in enumerate(text.tokens):
             ends = np.cumsum([len(token) for token in tokens])
-            last = [match.end() - 1 for match in self.pattern.finditer("".join(tokens)) if match.end() > match.start()]
+            last = [match.end() - 1 for match in compiled.finditer("".join(tokens)) if match.end() > match.start()]
             found[row, np.searchsorted(ends, last, side="right")] = True
         return found
 
-    def __str__(self) -> str:
-        return f"regex: {self.pattern.pattern}"
+    return Rule(f"regex: {pattern}", holds)
 
 
-class Label(Rule):
+def Label(name: str) -> Rule:
     """The generator's label of this token, or with ``"next ..."`` of the token after it, has this name.
 
     A part of a dotted name counts: ``"citation"`` holds at ``"citation.year"``.
     """
 
-    def __init__(self, name: str):
-        self.name = name
-
-    def _holds(self, text: Words) -> Hits:
-        wanted = self.name.removeprefix("next ")
-        known = {label: wanted == label or wanted in label.split(".") for label in np.unique(text.labels.astype(str))}
+    def holds(text: Words) -> Hits:
+        wanted, labels = name.removeprefix("next "), text.labels.astype(str)
+        known = {label: wanted == label or wanted in label.split(".") for label in np.unique(labels)}
         if not any(known.values()):
             raise ValueError(f"the text has no label {wanted!r}: it has {', '.join(sorted(known))}")
-        there = np.vectorize(known.get, otypes=[bool])(text.labels.astype(str))
-        return _shifted(there, 1) if self.name.startswith("next ") else there
+        there = np.vectorize(known.get, otypes=[bool])(labels)
+        return _shifted(there, 1) if name.startswith("next ") else there
 
-    def __str__(self) -> str:
-        return f"label: {self.name}"
-
-
-@dataclass(frozen=True)
-class _Both(Rule):
-    first: Rule
-    second: Rule
-
-    def _holds(self, text: Words) -> Hits:
-        return self.first._holds(text) & self.second._holds(text)
-
-    def __str__(self) -> str:
-        return f"{self.first} && {self.second}"
-
-
-@dataclass(frozen=True)
-class _Either(Rule):
-    first: Rule
-    second: Rule
-
-    def _holds(self, text: Words) -> Hits:
-        return self.first._holds(text) | self.second._holds(text)
-
-    def __str__(self) -> str:
-        return f"{self.first} || {self.second}"
-
-
-@dataclass(frozen=True)
-class _Not(Rule):
-    rule: Rule
-
-    def _holds(self, text: Words) -> Hits:
-        return ~self.rule._holds(text)
-
-    def __str__(self) -> str:
-        return f"!{self.rule}"
+    return Rule(f"label: {name}", holds)
 
 
 def parse(line: str) -> Rule:
@@ -260,11 +213,6 @@ def _measures(sums: Float[np.ndarray, "case sum"]) -> Float[np.ndarray, "case me
 
 def _shifted(there: Hits, offset: int) -> Hits:
     """Whether it holds ``offset`` places from here; False beyond the row."""
-    moved = np.zeros_like(there)
-    if offset == 0:
-        return there
-    if abs(offset) < there.shape[1]:
-        moved[:, max(0, -offset) : there.shape[1] - max(0, offset)] = there[
-            :, max(0, offset) : there.shape[1] + min(0, offset)
-        ]
-    return moved
+    width = there.shape[1]
+    start = width + max(-width, min(offset, width))
+    return np.pad(there, ((0, 0), (width, width)))[:, start : start + width]

@@ -13,17 +13,12 @@ from tclib.io.safe_files import BadFile
 from tclib.transcoder import TranscoderConfig, expected_shapes
 
 
-def decoder(stem: str) -> str:
-    """The name of the file with the decoder rows beside ``W_enc_3``."""
-    return stem.replace("W_enc", "W_dec")
-
-
 def circuit_tracer_cross_layer(path: Path) -> Stored:
     """One layer of circuit-tracer's cross-layer transcoders: ``W_enc_3`` with the biases, and ``W_dec_3``.
 
     Its code computes ``y_l = sum_k z_k W_dec[k -> l] + b_dec_l``; its folders hold no skip paths.
     """
-    where, rows = path.with_name("config.yaml"), path.with_name(f"{decoder(path.stem)}.safetensors")
+    where, rows = path.with_name("config.yaml"), path.with_name(path.name.replace("W_enc", "W_dec"))
     cfg = safe_files.parsed(where, CircuitTracerConfig, safe_files.read_yaml(where))
     if cfg.model_kind != "cross_layer_transcoder":
         raise BadFile(f"{where} says {cfg.model_kind}, but {path.name} is of a cross_layer_transcoder")

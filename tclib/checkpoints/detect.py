@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tclib.checkpoints import readers
-from tclib.checkpoints.clt_reader import circuit_tracer_cross_layer, decoder
+from tclib.checkpoints.clt_reader import circuit_tracer_cross_layer
 from tclib.checkpoints.lazy import Stored
 
 PAPERS = "the paper's"
@@ -33,7 +33,7 @@ FORMATS = (
     Format(
         "circuit-tracer's cross-layer",
         r"W_enc_\d+\.safetensors",
-        lambda stem: ["config.yaml", f"{decoder(stem)}.safetensors"],
+        lambda stem: ["config.yaml", f"{stem.replace('W_enc', 'W_dec')}.safetensors"],
         None,
         circuit_tracer_cross_layer,
     ),

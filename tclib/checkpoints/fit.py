@@ -46,15 +46,13 @@ def check_fit(
         tokens = load_text(model, "chronicle", -(-TOKENS // min(ROW, model.cfg.n_ctx)))
     tokens = check_tokens(model, tokens)
     all_layers = list(range(model.cfg.n_layers))
-    kept = {layer: ([], []) for layer in all_layers}
-    kept_words = words(model, tokens.to(model.cfg.device))
+    kept = words(model, tokens.to(model.cfg.device)).split(8)
     writes = {layer: transcoder.config.hook_out for layer, transcoder in transcoders.items()}
-    batches = mlp_activations(model, tokens, all_layers, 8, writes)
-    for rows, batch in zip(kept_words.split(8), batches, strict=True):
-        for layer, seen in batch.items():
-            kept[layer][0].append(seen.x[rows])
-            kept[layer][1].append(seen.y[rows])
-    x, y = ({layer: torch.cat(pair[i]) for layer, pair in kept.items()} for i in (0, 1))
+    batches = list(zip(kept, mlp_activations(model, tokens, all_layers, 8, writes), strict=True))
+    x, y = (
+        {layer: torch.cat([getattr(seen[layer], part)[rows] for rows, seen in batches]) for layer in all_layers}
+        for part in "xy"
+    )
     cross = is_cross_layer(transcoders)
     inputs = {layer: x[layer].to(t.W_enc) for layer, t in transcoders.items()}
     z = {layer: t.encode(inputs[layer]) for layer, t in transcoders.items()}

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from tclib.chronicle import grammar, words
@@ -56,13 +58,8 @@ class Document:
 
     def labels(self, ends: list[int]) -> list[str]:
         """The label of the piece holding the last character of each token, given the tokens' end offsets."""
-        labels, index, stop = [], 0, len(self.pieces[0].text)
-        for end in ends:
-            while stop < end:
-                index += 1
-                stop += len(self.pieces[index].text)
-            labels.append(self.pieces[index].label)
-        return labels
+        stops = list(accumulate(len(piece.text) for piece in self.pieces))
+        return [self.pieces[bisect_left(stops, end)].label for end in ends]
 
 
 def documents(seed: int, split: Split = "train") -> Iterator[Document]:
@@ -108,7 +105,7 @@ class _Scribe:
         for kind in self.rng.choices(kinds, weights, k=self.rng.randint(4, 14)):
             if pieces:
                 pieces.append(Piece(" ", "plain"))
-            pieces += getattr(self, f"_{kind}")()
+            pieces += self._sentence(kind)
         return Document(tuple(pieces))
 
     def annals(self) -> Document:
@@ -119,17 +116,18 @@ class _Scribe:
             if pieces:
                 pieces.append(Piece("\n", "plain"))
             pieces += self._year(year, "annals") + [Piece(". ", "plain")]
-            pieces += self._plain() if self.rng.random() < 0.7 else self._voice()
+            pieces += self._sentence("plain") if self.rng.random() < 0.7 else self._voice()
             year += 1 + int(self.rng.expovariate(1 / 4))
             if year // 100 not in CENTURIES:
                 break
         return Document(tuple(pieces))
 
-    def _span(self) -> list[Piece]:
-        return self._lasting("span", grammar.SPANS[self.split])
-
-    def _backward(self) -> list[Piece]:
-        return self._lasting("backward", grammar.BACKWARD[self.split])
+    def _sentence(self, kind: str) -> list[Piece]:
+        if kind in _LASTING:
+            return self._lasting(kind, _LASTING[kind][self.split])
+        if kind in _UNDATED:
+            return self._fill(self.rng.choice(_UNDATED[kind]), kind)
+        return getattr(self, f"_{kind}")()
 
     def _lasting(self, label: str, templates: tuple[str, ...]) -> list[Piece]:
         noun = self.rng.choice(self.nouns)
@@ -151,18 +149,9 @@ class _Scribe:
         year = 100 * self._some_century() + self.rng.randrange(100)
         return self._fill(self.rng.choice(grammar.EVENTS), "event", year=year)
 
-    def _citation(self) -> list[Piece]:
-        return self._fill(self.rng.choice(grammar.CITATIONS), "citation")
-
     def _voice(self) -> list[Piece]:
         voice = self.rng.choice(("passive", "active"))
         return self._fill(self.rng.choice(grammar.VOICES[voice]), f"verb.{voice}")
-
-    def _quantity(self) -> list[Piece]:
-        return self._fill(self.rng.choice(grammar.QUANTITIES), "quantity")
-
-    def _plain(self) -> list[Piece]:
-        return self._fill(self.rng.choice(grammar.PLAIN), "plain")
 
     def _some_century(self) -> int:
         return self.century if self.rng.random() < 0.6 else self.rng.choice(CENTURIES)
@@ -228,6 +217,8 @@ def _capitalised(pieces: list[Piece]) -> list[Piece]:
     return [Piece(first.text[:1].upper() + first.text[1:], first.label), *pieces[1:]]
 
 
+_LASTING = {"span": grammar.SPANS, "backward": grammar.BACKWARD}
+_UNDATED = {"citation": grammar.CITATIONS, "quantity": grammar.QUANTITIES, "plain": grammar.PLAIN}
 _LISTS: dict[str, tuple[str, ...]] = {
     **grammar.FIELDS,
     "adjective": words.ADJECTIVES,

@@ -128,5 +128,4 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "praised": ("praised", "blamed", "remembered", "mocked", "honoured"),
     "virtue": ("patience", "courage", "learning", "great wealth", "kindness to the poor", "a hasty temper"),
     "ordinal": ("first", "second", "third", "fourth", "only"),
-    "title": ("King", "Queen", "Duke", "Count", "Prince"),
 }

@@ -80,7 +80,7 @@ class ScoreTerms:
     @torch.no_grad()
     def pattern_without(self, side: Side, rows: Int[Tensor, "*case source"]) -> Float[Tensor, "*case key"]:
         """The head's pattern at the destination, softmax recomputed, when these sources are gone (together)."""
-        return self.cap.softmax(self.scores - self._of(side).scores[rows].sum(-2))
+        return self.cap.softmax(self.scores - getattr(self, side).scores[rows].sum(-2))
 
     @torch.no_grad()
     def removals(self, side: Side) -> pd.DataFrame:
@@ -91,7 +91,7 @@ class ScoreTerms:
         Returns:
             `COLUMNS`, ``contribution`` (to the contrast), ``first_order`` and ``effect``, largest effect first.
         """
-        sources, pattern = self._of(side), self.cap.softmax(self.scores)
+        sources, pattern = getattr(self, side), self.cap.softmax(self.scores)
         # d(sum_j pattern_j moved_j) / d score_j
         slope = self.cap.slope(self.scores) * pattern * (self.moved - pattern @ self.moved)
         alone = torch.arange(len(sources.scores), device=slope.device)[:, None]
@@ -99,9 +99,6 @@ class ScoreTerms:
         table["first_order"] = (sources.scores @ slope).cpu().numpy()
         table["effect"] = ((pattern - self.pattern_without(side, alone)) @ self.moved).cpu().numpy()
         return table.sort_values("effect", key=abs, ascending=False)
-
-    def _of(self, side: Side) -> Sources:
-        return {"query": self.query, "key": self.key}[side]
 
 
 @dataclass(frozen=True)

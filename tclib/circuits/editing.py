@@ -118,30 +118,24 @@ def ablation(
     target: Target,
     nodes: Sequence[tuple[int, int, int]],
     frozen: str,
-    values: Sequence[float] | None = None,
 ) -> pd.DataFrame:
-    """Features taken out, or set to a value: predicted and measured change of the target, each alone and all together.
+    """Features taken out: predicted and measured change of the target, each alone and all together.
 
     Args:
         nodes: (layer, position, feature) of active features.
         frozen: a key of `FROZEN`. With all else frozen the prediction is exact.
-        values: the activation that each is set to; by default 0.
 
     Raises:
         ValueError: no features, a silent one, or skip transcoders with MLPs frozen.
     """
     if not nodes:
         raise ValueError("there is no feature to take out: choose some (heads and tokens cannot be)")
-    values = [0.0] * len(nodes) if values is None else list(values)
-    table = pd.DataFrame(nodes, columns=["layer", "position", "feature"]).assign(new=values)
+    table = pd.DataFrame(nodes, columns=["layer", "position", "feature"])
     each = validation.compare(trace, table, [target], FROZEN[frozen])
-    names = [
-        f"mlp{layer}[{feature}]@{position}" + (f" = {value:g}" if value else "")
-        for (layer, position, feature), value in zip(nodes, values, strict=True)
-    ]
+    names = [f"mlp{layer}[{feature}]@{position}" for layer, position, feature in nodes]
     rows = pd.DataFrame({"without": names, "predicted": each["predicted"], "measured": each["measured"]})
     if len(nodes) > 1:
-        change = target.value(edited_trace(trace, nodes, values, frozen)) - target.value(trace)
+        change = target.value(edited_trace(trace, nodes, [0.0] * len(nodes), frozen)) - target.value(trace)
         rows.loc[len(rows)] = ["all of them", rows["predicted"].sum(), change]
     return rows
 

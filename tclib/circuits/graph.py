@@ -23,15 +23,8 @@ from tclib.targets import Target, before_cap
 from tclib.tracing import Trace
 
 COLUMNS = ["kind", "layer", "position", "token", "feature", "activation", "value", "weight", "name", "logit"]
-TYPES = {
-    "layer": "Int64",
-    "position": "Int64",
-    "feature": "Int64",
-    "activation": float,
-    "value": float,
-    "weight": float,
-    "logit": "Int64",
-}
+TYPES = dict.fromkeys(("layer", "position", "feature", "logit"), "Int64")
+TYPES |= dict.fromkeys(("activation", "value", "weight"), "float64")
 
 
 @dataclass(frozen=True)
@@ -171,18 +164,11 @@ def _nodes(trace: Trace, sources: Sources, keep: Tensor, values: Tensor, targets
     if len(keep) < len(sources.features):
         parts.append(pd.DataFrame([{"kind": "remainder"}]))
     rows = [
-        {
-            "kind": "target",
-            "layer": target.layer,
-            "position": target.position,
-            "weight": w,
-            "value": v,
-            "name": target.name,
-            "logit": target.token,
-        }
-        for (target, w), v in zip(targets, roots.values.tolist(), strict=True)
+        ("target", t.layer, t.position, w, v, t.name, t.token)
+        for (t, w), v in zip(targets, roots.values.tolist(), strict=True)
     ]
-    parts = [part.reindex(columns=COLUMNS).astype(TYPES) for part in [*parts, pd.DataFrame(rows)]]
+    parts.append(pd.DataFrame(rows, columns=["kind", "layer", "position", "weight", "value", "name", "logit"]))
+    parts = [part.reindex(columns=COLUMNS).astype(TYPES) for part in parts]
     nodes = pd.concat(parts, ignore_index=True)
     nodes["token"] = [None if pd.isna(p) else trace.token_strings[p] for p in nodes["position"]]
     return nodes

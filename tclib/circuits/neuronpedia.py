@@ -6,11 +6,10 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from tclib import __version__
 from tclib.circuits.graph import Graph
@@ -21,64 +20,13 @@ from tclib.tracing import Trace
 
 PAGES = "https://www.neuronpedia.org"
 _KINDS = {"error": "mlp reconstruction error", "mlp": "mlp reconstruction error", "feature": "cross layer transcoder"}
-_KINDS |= {
-    "embedding": "embedding",
-    "position": "embedding",
-    "target": "logit",
-}  # bias and remainder have no counterpart
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _Metadata(_Strict):
-    slug: str
-    scan: str
-    transcoder_list: list[str] = []
-    prompt_tokens: list[str]
-    prompt: str
-    node_threshold: float = 1.0  # viewers hide nodes whose influence is above it: show all that the file has
-    schema_version: Literal[1] = 1
-    feature_details: dict[str, str] = {}
-    info: dict = {}
-
-
-class _QParams(_Strict):
-    pinnedIds: list[str] = []
-    supernodes: list[list[str]] = []
-    linkType: Literal["both"] = "both"
-    clickedId: str = ""
-    sg_pos: str = ""
-
-
-class _Node(_Strict):
-    node_id: str
-    feature: int
-    layer: str
-    ctx_idx: int
-    feature_type: Literal["cross layer transcoder", "mlp reconstruction error", "embedding", "logit"]
-    token_prob: float = 0.0
-    is_target_logit: bool = False
-    run_idx: int = 0
-    reverse_ctx_idx: int = 0
-    jsNodeId: str
-    clerp: str = ""
-    influence: float | None = None
-    activation: float | None = None
-
-
-class _Link(_Strict):
-    source: str
-    target: str
-    weight: float
-
-
-class _File(_Strict):
-    metadata: _Metadata
-    qParams: _QParams = _QParams()
-    nodes: list[_Node]
-    links: list[_Link]
+# Bias and remainder have no counterpart.
+_KINDS |= {"embedding": "embedding", "position": "embedding", "target": "logit"}
+_NODE = {
+    "node_id": "", "feature": -1, "layer": "", "ctx_idx": 0, "feature_type": "", "token_prob": 0.0,
+    "is_target_logit": False, "run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": "", "clerp": "", "influence": None,
+    "activation": None,
+}  # fmt: skip
 
 
 def neuronpedia_url(layer: int, feature: int, scan: str = "gpt2-small", source: str = "tres-dc") -> str:
@@ -103,7 +51,10 @@ def save_graph_json(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug}.json"
     write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    _enter(folder / "graph-metadata.json", content["metadata"])
+    index = folder / "graph-metadata.json"
+    listed = json.loads(read_text(index))["graphs"] if index.is_file() else []
+    listed = [other for other in listed if other["slug"] != slug] + [content["metadata"]]
+    write_whole(index, (json.dumps({"graphs": listed}, indent=1) + "\n").encode())
     return path
 
 
@@ -152,16 +103,22 @@ def graph_json(
         else:
             lost += abs(weight)
     share = lost / total if total else 0.0
-    metadata = _Metadata(
-        slug=slug, scan=scan, prompt=trace.model.tokenizer.decode(trace.tokens[1:]), prompt_tokens=trace.token_strings,
-        feature_details={"neuronpedia_source_set": source} if source else {},
-        info={
+    metadata = {
+        "slug": slug,
+        "scan": scan,
+        "transcoder_list": [],
+        "prompt_tokens": trace.token_strings,
+        "prompt": trace.model.tokenizer.decode(trace.tokens[1:]),
+        "node_threshold": 1.0,  # viewers hide nodes whose influence is above it: show all that the file has
+        "schema_version": 1,
+        "feature_details": {"neuronpedia_source_set": source} if source else {},
+        "info": {
             "generator": {"name": "tclib", "version": __version__},
             "description": f"Biases and what was pruned, {share:.0%} of all absolute effects, have no nodes here.",
         },
-    )  # fmt: skip
-    links = [_Link(source=origin, target=target, weight=weight) for (origin, target), weight in weights.items()]
-    there = {node.node_id for node in nodes}
+    }
+    links = [{"source": origin, "target": target, "weight": w} for (origin, target), w in weights.items()]
+    there = {node["node_id"] for node in nodes}
 
     def present(features: Collection[tuple[int, int, int]]) -> list[str]:
         names = (f"{layer}_{feature}_{position}" for layer, position, feature in features)
@@ -169,8 +126,8 @@ def graph_json(
 
     supernodes = [[name, *members] for name, of in (groups or {}).items() if (members := present(of))]
     shown = dict.fromkeys([*present(pinned), *(member for _, *members in supernodes for member in members)])
-    state = _QParams(pinnedIds=list(shown), supernodes=supernodes)
-    return _File(metadata=metadata, qParams=state, nodes=nodes, links=links).model_dump()
+    state = {"pinnedIds": list(shown), "supernodes": supernodes, "linkType": "both", "clickedId": "", "sg_pos": ""}
+    return {"metadata": metadata, "qParams": state, "nodes": nodes, "links": links}
 
 
 def node_ids(trace: Trace, graph: Graph) -> dict[int, str]:
@@ -180,9 +137,9 @@ def node_ids(trace: Trace, graph: Graph) -> dict[int, str]:
 
 def _nodes(
     trace: Trace, graph: Graph, names: Callable[[int, int], str] | None = None
-) -> tuple[list[_Node], dict[int, str]]:
+) -> tuple[list[dict[str, Any]], dict[int, str]]:
     rank = _cumulative(graph)
-    made: dict[str, _Node] = {}
+    made: dict[str, dict[str, Any]] = {}
     ids: dict[int, str] = {}
     table = graph.nodes
     taken = {f"{n.layer}_{n.feature}_{n.position}" for n in table[table["kind"] == "feature"].itertuples()}
@@ -195,33 +152,28 @@ def _nodes(
         if node["kind"] == "feature":
             layer, index = int(node["layer"]), int(node["feature"])
             paired = (layer + index) * (layer + index + 1) // 2 + index  # Cantor's pairing
-            new = _Node(
-                node_id=f"{layer}_{index}_{at}", feature=paired, layer=str(layer), jsNodeId=f"{layer}_{index}-0",
-                activation=node["activation"], clerp=names(layer, index) if names else "", **common,
-            )  # fmt: skip
+            new = {"node_id": f"{layer}_{index}_{at}", "feature": paired, "layer": str(layer)}
+            new |= {"jsNodeId": f"{layer}_{index}-0", "activation": node["activation"]}
+            new |= {"clerp": names(layer, index) if names else ""}
         elif node["kind"] in ("error", "mlp"):
             name = f"0_{node['layer']}_{at}"
             # That is also the id of layer 0's feature number ``layer``.
             name = f"error_{node['layer']}_{at}" if name in taken else name
-            new = _Node(
-                node_id=name, feature=-1, layer=str(node["layer"]), jsNodeId=f"{node['layer']}_{at}-0", **common
-            )
+            new = {"node_id": name, "layer": str(node["layer"]), "jsNodeId": f"{node['layer']}_{at}-0"}
         elif node["kind"] in ("embedding", "position"):
             token = int(trace.tokens[at])
-            new = _Node(node_id=f"E_{token}_{at}", feature=at, layer="E", jsNodeId=f"E_{token}-{at}", **common)
+            new = {"node_id": f"E_{token}_{at}", "feature": at, "layer": "E", "jsNodeId": f"E_{token}-{at}"}
         else:
             layer, token = trace.model.cfg.n_layers + 1, node["logit"]
             if pd.isna(token) or f"{layer}_{token}_{at}" in made:  # numbers behind the vocabulary, as in circuit-tracer
                 token = trace.model.cfg.d_vocab + targets
             common["influence"] = None
-            new = _Node(
-                node_id=f"{layer}_{token}_{at}", feature=token, layer=str(layer), jsNodeId=f"L_{token}-{at}",
-                token_prob=node["weight"], is_target_logit=targets == 0,
-                clerp=f"{node['name']} (p={node['weight']:.3f})", **common,
-            )  # fmt: skip
+            new = {"node_id": f"{layer}_{token}_{at}", "feature": int(token), "layer": str(layer)}
+            new |= {"jsNodeId": f"L_{token}-{at}", "token_prob": node["weight"], "is_target_logit": targets == 0}
+            new |= {"clerp": f"{node['name']} (p={node['weight']:.3f})"}
             targets += 1
-        made.setdefault(new.node_id, new)
-        ids[row] = new.node_id
+        made.setdefault(new["node_id"], _NODE | common | new)
+        ids[row] = new["node_id"]
     return list(made.values()), ids
 
 
@@ -231,9 +183,3 @@ def _cumulative(graph: Graph) -> list[float]:
     order = reached.argsort(descending=True)
     shares = reached[order].cumsum(0) / reached.sum().clamp(min=1e-30)
     return torch.empty_like(shares).scatter(0, order, shares).tolist()
-
-
-def _enter(path: Path, metadata: dict) -> None:
-    listed = json.loads(read_text(path))["graphs"] if path.is_file() else []
-    listed = [other for other in listed if other["slug"] != metadata["slug"]] + [metadata]
-    write_whole(path, (json.dumps({"graphs": listed}, indent=1) + "\n").encode())

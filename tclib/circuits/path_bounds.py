@@ -9,17 +9,13 @@ pre-activation, divided by it. A head has no table of its own (it depends on who
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tclib.circuits.one_step import FEATURE, PromptGraph, States, Tables
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,27 +50,13 @@ def _outputs(graph: PromptGraph, before: int) -> list[Float[Tensor, "head d_head
     return [graph.trace.block(layer).W_O for layer in range(before)]
 
 
-def finish(turns: Generator[float, None, T]) -> T:
-    """What a piece of work that is done in turns returns at its end."""
-    while True:
-        try:
-            next(turns)
-        except StopIteration as end:
-            return end.value
-
-
+@torch.no_grad()
 def suffix_bounds(graph: PromptGraph, ends_anywhere: bool = False) -> Bounds:
     """Gains of all features and reaches of all heads, from layer 0 upwards.
 
     Args:
         ends_anywhere: paths may also end at a feature or head, as they do where their length is limited.
     """
-    return finish(bounding(graph, ends_anywhere))
-
-
-@torch.no_grad()
-def bounding(graph: PromptGraph, ends_anywhere: bool = False) -> Generator[float, None, Bounds]:
-    """`suffix_bounds` in turns, which yields after each position of a layer what share is done."""
     layers, pos, heads = graph.heads
     gains, reach = torch.ones_like(graph.activations), graph.moved.new_zeros(layers, pos, heads)
     bounds = Bounds(graph, gains, reach)
@@ -85,7 +67,6 @@ def bounding(graph: PromptGraph, ends_anywhere: bool = False) -> Generator[float
         if layer in graph.trace.transcoders:
             for position in range(pos):
                 _fill_gains(bounds, layer, position, ends_anywhere)
-                yield (layer + (position + 1) / pos) / layers
     # Rounding must not make a bound too small.
     return Bounds(graph, gains * (1 + 1e-4), reach * (1 + 1e-4))
 

@@ -70,7 +70,7 @@ def merge(graph: PromptGraph, target: Target, paths: Iterable[Path]) -> nx.DiGra
             rows, sources = (torch.tensor([o[k] for o in onward], device=graph.writes.device) for k in (0, 1))
             states = graph.follow(states[rows], sources, graph.writes.new_tensor([o[2] for o in onward]))
     for name in circuit:
-        circuit.nodes[name]["contribution"] = _total(circuit.out_edges(name, data="weight"))
+        circuit.nodes[name]["contribution"] = circuit.out_degree(name, weight="weight")
     circuit.nodes[target.name]["contribution"] = value
     check_flows(circuit, 1e-5 if graph.writes.dtype == torch.float32 else 1e-10)
     for _, attributes in circuit.nodes(data=True):
@@ -111,7 +111,3 @@ def _flow(circuit: nx.DiGraph, source: str, reader: str, weight: float) -> None:
         circuit.edges[source, reader]["weight"] += weight
     elif weight:
         circuit.add_edge(source, reader, weight=weight)
-
-
-def _total(edges: Iterable[tuple[str, str, float]]) -> float:
-    return sum(weight for *_, weight in edges)

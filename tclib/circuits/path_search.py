@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tclib.circuits.one_step import FEATURE, KINDS, Node, PromptGraph, States, Tables
-from tclib.circuits.path_bounds import Bounds, bounding, finish
+from tclib.circuits.path_bounds import Bounds, suffix_bounds
 from tclib.targets import Target
 
 Predicate = Callable[[Node], bool]
@@ -100,15 +100,11 @@ class SearchResult:
         return pd.DataFrame(rows, columns=["length", "ends_at", "contribution", "path"])
 
 
-@dataclass(frozen=True)
-class _Open:
-    """A partial path that goes on: its last source contributes to one of the states ``parents``."""
-
-    parents: States
-    row: Tensor  # which of them
-    path: Path
+# A partial path that goes on: its last source contributes to one row of some states.
+_Open = tuple[States, Tensor, Path]
 
 
+@torch.no_grad()
 def best_first(
     graph: PromptGraph,
     target: Target,
@@ -132,21 +128,12 @@ def best_first(
     Raises:
         ValueError: a negative threshold, a length or limit below 1.
     """
-    return finish(searching(graph, target, threshold, max_length, only, limit, bounds))
-
-
-@torch.no_grad()
-def searching(
-    graph: PromptGraph, target: Target, threshold: float, max_length: int | None = None, only: PathFilter | None = None,
-    limit: int | None = None, bounds: Bounds | None = None,
-) -> Generator[float, None, SearchResult]:  # fmt: skip
-    """`best_first` in turns, to be shown or stopped: yields shares of the bounds, then of ``limit``, that are done."""
     warned, limit = limit is None, LIMIT if limit is None else limit
     if not threshold >= 0 or (max_length is not None and max_length < 1) or limit < 1:
         raise ValueError(
             f"threshold {threshold} must be 0 or more, max_length {max_length} and limit {limit} at least 1"
         )
-    only, bounds = only or PathFilter(), bounds or (yield from bounding(graph, max_length is not None))
+    only, bounds = only or PathFilter(), bounds or suffix_bounds(graph, max_length is not None)
     listed: list[Path] = []
     left: list[Tensor] = []  # contributions that are not followed or listed
     heap: list[tuple[float, int, _Open]] = []
@@ -174,7 +161,7 @@ def searching(
             if not only.may_step(node, len(path)):
                 rejected.append(value)
             elif node.goes_on and len(longer) != max_length:
-                item = _Open(states, table.states[row : row + 1], longer)
+                item = (states, table.states[row : row + 1], longer)
                 heapq.heappush(heap, (-beyond[row, column].item(), next(number), item))
             elif abs(value) >= threshold and only.accepts(longer.nodes):
                 listed.append(longer)
@@ -187,19 +174,18 @@ def searching(
         for table in graph.tables(states):
             take(states, table, paths)
         expanded += len(paths)
-        yield expanded / limit
         more = max(0, min(BATCH, limit - expanded))
         batch = [heapq.heappop(heap)[2] for _ in range(min(more, len(heap))) if -heap[0][0] >= cut]
-        paths = [item.path for item in batch]
+        paths = [path for *_, path in batch]
         if batch:
             states = _follow(graph, batch)
-    rest = torch.cat([*left, graph.writes.new_tensor([item.path.contribution for _, _, item in heap])]).double()
+    rest = torch.cat([*left, graph.writes.new_tensor([item[2].contribution for *_, item in heap])]).double()
     guarantee = max([threshold, cut, *(-bound for bound, _, _ in heap)])
     if warned and guarantee > threshold:
         warnings.warn(
             f"the search for paths of {target.name} stopped at its limit ({expanded} tables, {len(listed)} paths "
             f"listed): paths of up to {guarantee:.3g} may be missing; raise the threshold ({threshold:.3g})",
-            stacklevel=4,
+            stacklevel=3,
         )
     listed.sort(key=lambda path: -abs(path.contribution))
     value = target.value(graph.trace)
@@ -207,10 +193,10 @@ def searching(
 
 
 def _follow(graph: PromptGraph, batch: Sequence[_Open]) -> States:
-    columns = zip(*(vars(item.parents[item.row]).values() for item in batch), strict=True)
-    parents = States(*(torch.cat(column) for column in columns))
-    sources = torch.tensor([item.path.sources[-1] for item in batch], device=graph.writes.device)
-    return graph.follow(parents, sources, graph.writes.new_tensor([item.path.contribution for item in batch]))
+    columns = zip(*(vars(states[row]).values() for states, row, _ in batch), strict=True)
+    parents, paths = States(*(torch.cat(column) for column in columns)), [path for *_, path in batch]
+    sources = torch.tensor([path.sources[-1] for path in paths], device=graph.writes.device)
+    return graph.follow(parents, sources, graph.writes.new_tensor([path.contribution for path in paths]))
 
 
 @torch.no_grad()

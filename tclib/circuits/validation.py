@@ -11,9 +11,8 @@ et al. 2025) leaves the writes alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 import torch
@@ -58,12 +57,13 @@ def compare(
         raise ValueError(
             "the prediction runs through skip paths, which frozen MLPs cut: freeze values too, or free the MLPs"
         )
+    edits = _checked(trace, edits)
     measured = measure(trace, edits, targets, frozen, layers)
     predicted = predict(trace, edits, targets, direct="values" in frozen)
     rows = [
         {"layer": e.layer, "position": e.position, "feature": e.feature, "target": t.name}
         | {"predicted": predicted[i, k].item(), "measured": measured[i, k].item()}
-        for i, e in enumerate(_rows(trace, edits))
+        for i, e in enumerate(edits.itertuples())
         for k, t in enumerate(targets)
         if e.layer < t.layer and e.position <= t.position and (e.position == t.position or "values" not in frozen)
     ]
@@ -79,14 +79,12 @@ def predict(
     Raises:
         ValueError: edits that the trace does not have, or of a silent feature.
     """
-    edits = _checked(trace, edits)
-    old = _old(trace, edits)
+    edits, old, change = _changes(trace, edits)
     if (old == 0).any():
         silent = edits[(old == 0).cpu().numpy()].iloc[0]
         raise ValueError(
             f"feature {silent.layer}/{silent.feature} is silent at {silent.position}: no table predicts it"
         )
-    change = _new(edits, old) - old
     if direct:
         readers, out = [t.pulled_back(trace) for t in targets], change.new_zeros(len(edits), len(targets))
         for row, e in enumerate(edits.itertuples()):
@@ -128,9 +126,7 @@ def measure(
     Raises:
         ValueError: edits that the trace does not have.
     """
-    edits = _checked(trace, edits)
-    old = _old(trace, edits)
-    change = _new(edits, old) - old
+    edits, _, change = _changes(trace, edits)
     before = change.new_tensor([t.value(trace) for t in targets])
     needed = {name for name in trace.cache if "hook_resid" in name or name.endswith(("hook_scale", "hook_embed"))}
     out = change.new_zeros(len(edits), len(targets))
@@ -172,13 +168,10 @@ def _checked(trace: Trace, edits: pd.DataFrame) -> pd.DataFrame:
     return edits.astype({"layer": int, "position": int, "feature": int})
 
 
-def _rows(trace: Trace, edits: pd.DataFrame) -> Iterator[Any]:
-    yield from _checked(trace, edits).itertuples()
-
-
-def _old(trace: Trace, edits: pd.DataFrame) -> Float[Tensor, " edit"]:
-    return trace.like.new_tensor([trace.features[e.layer][e.position, e.feature] for e in _rows(trace, edits)])
-
-
-def _new(edits: pd.DataFrame, old: Tensor) -> Float[Tensor, " edit"]:
-    return old.new_tensor(edits["new"].tolist()) if "new" in edits else torch.zeros_like(old)
+def _changes(trace: Trace, edits: pd.DataFrame) -> tuple[pd.DataFrame, Tensor, Tensor]:
+    """The edits, checked; each feature's activation; and by how much its edit changes that."""
+    edits = _checked(trace, edits)
+    places = zip(edits["layer"], edits["position"], edits["feature"], strict=True)
+    old = trace.like.new_tensor([trace.features[layer][position, feature] for layer, position, feature in places])
+    new = old.new_tensor(edits["new"].tolist()) if "new" in edits else torch.zeros_like(old)
+    return edits, old, new - old

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import io
 import sys
+from importlib import import_module
 
 from tclib.cli.bootstrap import disk_sentence
+
+MODULES = {  # of the commands that share one; the others have a module of their own name
+    "student": "teach", "bundle": "teach", "report": "teach", "docs": "site", "lab": "serve", "explore": "serve",
+    "lint": "testing", "test": "testing", "test-all": "testing",
+}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -24,39 +30,8 @@ def main(arguments: list[str]) -> int:
 
 def command(name: str, *rest: str) -> int:
     """Run the command with this name; return its exit status."""
-    if name == "run":
-        from tclib.cli.run import run
-
-        return run(rest)
-    if name == "sweep":
-        from tclib.cli import sweep
-
-        return sweep.main(rest)
-    if name in ("student", "bundle", "report"):
-        from tclib.cli import teach
-
-        return getattr(teach, name)(rest)
-    if name == "grade":
-        from tclib.cli.grade import grade
-
-        return grade(rest)
-    if name == "smollm2":
-        from tclib.cli.smollm2 import smollm2
-
-        return smollm2(rest)
-    if name == "docs":
-        from tclib.cli.site import docs
-
-        return docs(rest)
-    if name in ("lab", "explore"):
-        from tclib.cli import serve
-
-        return getattr(serve, name)(rest)
-    from tclib.cli.testing import lint, test
-
-    if name == "lint":
-        return lint()
-    return test(slow=name == "test-all")
+    module = import_module(f"tclib.cli.{MODULES.get(name, name)}")
+    return getattr(module, name.replace("-", "_"))(rest)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tclib.cli.bootstrap import REPO
 from tclib.cli.prepare import Refused
@@ -69,21 +70,14 @@ def find(environment: Path | None) -> Path:
 
 def register(environment: Path, course: Path) -> None:
     """Make this environment's kernel known to nbgrader's. Raises Refused if the kernel would not find tclib."""
+    quiet: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
     # Like a kernel not in the repository, whose folder tclib would be imported from.
-    imports = subprocess.run(
-        [sys.executable, "-c", "import ipykernel, tclib"],
-        cwd=course,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-    )
+    imports = subprocess.run([sys.executable, "-c", "import ipykernel, tclib"], cwd=course, **quiet)
     if imports.returncode:
         reason = imports.stderr.strip().splitlines()[-1]
         raise Refused(f"The kernel of {sys.executable} cannot grade ({reason}): run `make venv`, which installs tclib.")
     install = [sys.executable, "-m", "ipykernel", "install", "--prefix", str(environment), "--name", KERNEL]
-    installed = subprocess.run(
-        [*install, "--display-name", "Transcoder Circuits"], capture_output=True, encoding="utf-8", errors="replace"
-    )
+    installed = subprocess.run([*install, "--display-name", "Transcoder Circuits"], **quiet)
     if installed.returncode:
         reason = installed.stderr.strip().splitlines()[-1]
         raise Refused(f"The kernel cannot be registered in {environment} ({reason}): use an environment of your own.")

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,12 +16,14 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tclib.cli.bootstrap import disk_sentence
-from tclib.cli.peak import Peak
 from tclib.io.paths import with_diagrams
 from tclib.nb import find_headline, why
 
 KERNEL_MEMORY = 2 * 10**9  # bytes, with room: what most notebooks take at most
+SECONDS = 0.25  # between two looks at what a kernel takes, each of which reads the list of all processes
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,9 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
     import papermill
 
     start = time.monotonic()
-    problem, peak = None, Peak()
+    problem, gigabytes = None, [0.0]
     try:
-        with stderr_to(target.parent / "kernels.log"), peak:
+        with stderr_to(target.parent / "kernels.log"), peak() as gigabytes:
             papermill.execute_notebook(
                 source,
                 target,
@@ -96,8 +99,33 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> Result:
         target.write_text(text, encoding="utf-8", newline="\n")
         executed = json.loads(text)
         headline = find_headline(executed) or "no headline"
-        return Result(source.stem, seconds, peak.gigabytes, headline, target, failed=False)
-    return Result(source.stem, seconds, peak.gigabytes, problem, target, failed=True)
+        return Result(source.stem, seconds, gigabytes[0], headline, target, failed=False)
+    return Result(source.stem, seconds, gigabytes[0], problem, target, failed=True)
+
+
+@contextlib.contextmanager
+def peak() -> Iterator[list[float]]:
+    """The most memory, in gigabytes, that all processes started by this one took at any time: a list of one number.
+
+    Pages of files that they map, such as weights, count; what comes and goes between two looks may be missed.
+    """
+    gigabytes, done, own = [0.0], threading.Event(), psutil.Process()
+
+    def watch() -> None:
+        while not done.wait(SECONDS):
+            total = 0
+            for process in own.children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                    total += process.memory_info().rss
+            gigabytes[0] = max(gigabytes[0], total / 1e9)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield gigabytes
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextlib.contextmanager

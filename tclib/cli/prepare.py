@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
     from tclib.io import hub
     from tclib.io.paths import data_path
     from tclib.model import load_model
+    from tclib.replacement_model import check_belongs
 
     if model in hub.TRANSCODERS or (model in BUNDLED and data_path(BUNDLED[model]).is_dir()):
         parameters.setdefault("transcoders", model)
@@ -48,29 +49,24 @@ def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
         work = max(own.get("work_tokens", WORK_TOKENS) for own in about.values())
         print(f"{memory_plan(model, where, work=work).round(1).to_string()}\n", flush=True)
         lm = load_model(model)
-        if "transcoders" not in parameters and not _belong(lm, load_transcoders(where)):
-            if not all(own.get("trains") for own in about.values()):
-                raise Refused(train_first(model, lm.cfg.n_layers))
-            return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            fit = check_fit(lm, load_transcoders(where))
+            loaded = load_transcoders(where)
+            try:
+                for layer, transcoder in loaded.items():
+                    check_belongs(lm, layer, transcoder)
+            except ValueError:
+                if "transcoders" in parameters:
+                    raise
+                if not all(own.get("trains") for own in about.values()):
+                    raise Refused(train_first(model, lm.cfg.n_layers)) from None
+                return
+            fit = check_fit(lm, loaded)
     except ValueError as error:
         raise Refused(str(error)) from error
     print(f"{fit.round(3).T.to_string()}\n")
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
-
-
-def _belong(model: Any, transcoders: Mapping[int, Any]) -> bool:
-    from tclib.replacement_model import check_belongs
-
-    try:
-        for layer, transcoder in transcoders.items():
-            check_belongs(model, layer, transcoder)
-    except ValueError:
-        return False
-    return True
 
 
 def train_first(model: str, n_layers: int) -> str:

@@ -159,7 +159,7 @@ def select(folder: Path, only: str | None) -> list[Path]:
 def check(notebook: Path, parameters: dict[str, str]) -> None:
     """Raise Refused if the notebook does not declare one of the parameters, or would refuse its value."""
     parsed = json.loads(read_text(notebook))
-    known, declared = declared_names(parsed), {}
+    known, declared = list(declared_defaults(parsed)), {}
     with contextlib.suppress(ValueError):  # bounds that only its kernel can know
         declared = declared_parameters(parsed)
     for name in parameters:
@@ -171,11 +171,6 @@ def check(notebook: Path, parameters: dict[str, str]) -> None:
                 declared[name].check(name, value)
             except ParameterError as error:
                 raise Refused(f"{notebook.name}: {error}") from None
-
-
-def declared_names(notebook: dict[str, Any]) -> list[str]:
-    """Names set by the cell tagged ``parameters``."""
-    return list(declared_defaults(notebook))
 
 
 def declared_defaults(notebook: dict[str, Any]) -> dict[str, Any]:

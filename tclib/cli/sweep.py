@@ -13,20 +13,21 @@ from tclib.cli.bootstrap import REPO
 from tclib.cli.run import literal, placed
 from tclib.io.paths import read_text
 from tclib.nb import Parameter, declared_parameters
-from tclib.nb.sweeps import NOTEBOOK, SMALL, load_results, sweep
+from tclib.nb.sweeps import NOTEBOOK, SMALL, load_results
+from tclib.nb.sweeps import sweep as sweep_over
 
 EXAMPLE = '{"l1_coefficient": [0.01, 0.1]}'
 SHOWN = ["seconds", "l0", "fvu", "recovered", "reason"]
 
 
-def main(arguments: Sequence[str], repo: Path = REPO, notebook: Path = NOTEBOOK) -> int:
+def sweep(arguments: Sequence[str], repo: Path = REPO, notebook: Path = NOTEBOOK) -> int:
     """Run the sweep; return 0, or 1 if a run failed, 2 if refused, 130 if interrupted."""
     options = parse(arguments)
     folder = (options.folder or repo / "runs" / "sweep").absolute()
     try:
         declared = declared_parameters(json.loads(read_text(notebook)))
         grid = with_axes(read_grid(options.grid), options.axes, declared)
-        results = sweep(grid, folder, notebook, cluster=options.scheduler, progress=True)
+        results = sweep_over(grid, folder, notebook, cluster=options.scheduler, progress=True)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

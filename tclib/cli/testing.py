@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tclib.cli.bootstrap import REPO, SetupError, need, wait
@@ -17,7 +18,7 @@ LINT_IMPORTS = (
 )
 
 
-def test(slow: bool) -> int:
+def test(arguments: Sequence[str] = (), slow: bool = False) -> int:
     """Run the tests; return 0 only if all of them passed."""
     env = dict(os.environ)
     parallel = []
@@ -34,7 +35,12 @@ def test(slow: bool) -> int:
     return style or notebooks or others
 
 
-def lint() -> int:
+def test_all(arguments: Sequence[str] = ()) -> int:
+    """Run the slow tests too."""
+    return test(slow=True)
+
+
+def lint(arguments: Sequence[str] = ()) -> int:
     """Check the style and types of all code outside the notebooks, and who imports whom; return 0 if all is well."""
     try:
         need(REPO, "lint", "basedpyright")

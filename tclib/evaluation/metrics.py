@@ -76,7 +76,8 @@ def measure(
     """
     tokens, model, transcoders = check(replacement, tokens), replacement.model, replacement.transcoders
     groups = cumulative(transcoders) if groups is None else groups
-    _check_groups(transcoders, groups)
+    if missing := sorted({layer for layers in groups.values() for layer in layers} - set(transcoders)):
+        raise ValueError(f"layer {missing[0]} has no transcoder: there are some for layers {sorted(transcoders)}")
     layers = list(transcoders)
     fits = {layer: _Fit(transcoder) for layer, transcoder in transcoders.items()}
     swaps = _swaps(transcoders, groups, _mean_outputs(model, layers, tokens[:MEAN_ROWS], batch_size) if groups else {})
@@ -153,12 +154,6 @@ def check(replacement: ReplacementModel, tokens: Int[Tensor, "row pos"]) -> Int[
             if not weight.sum().isfinite() and not weight.isfinite().all():
                 raise ValueError(f"{name} of the transcoder of layer {layer} holds NaN or infinity: train it again")
     return tokens
-
-
-def _check_groups(transcoders: Mapping[int, Transcoder], groups: Groups) -> None:
-    missing = sorted({layer for layers in groups.values() for layer in layers} - set(transcoders))
-    if missing:
-        raise ValueError(f"layer {missing[0]} has no transcoder: there are some for layers {sorted(transcoders)}")
 
 
 class _Fit:

@@ -43,12 +43,7 @@ def over_rows(table: pd.DataFrame, by: Sequence[str], level: float = 0.95) -> pd
     resampled = long[long["replicate"] > 0].groupby(keys, sort=False)["value"]
     tail = (1 - level) / 2
     bounds = {"low": resampled.quantile(tail), "high": resampled.quantile(1 - tail)}
-    return (
-        pd.DataFrame({"value": value, **bounds})
-        .dropna()
-        .loc[lambda t: value.index[value.index.isin(t.index)]]
-        .reset_index()
-    )
+    return value.to_frame().assign(**bounds).dropna().reset_index()
 
 
 def over_seeds(table: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:

@@ -41,16 +41,14 @@ def incoming(fired: FeatureActivations, transcoders: Mapping[int, Transcoder]) -
     tables = [_empty()]
     for earlier in sorted(at for at in transcoders if at < layer):
         V = (transcoders[earlier].written(layer - earlier).cpu() @ _written(index, earlier, f_enc)).numpy()
-        table = pd.DataFrame({"layer": earlier, "feature": np.arange(len(V)), "input_invariant": V})
-        if not fired.count:
-            tables.append(table)
-            continue
-        fires, strength = _at(fired, 1.0), _at(fired, fired.values)
-        scale = index.scale[layer] * index.after.get(earlier, np.float32(1))
-        table["input_x_gradient"] = V * sums(index, earlier, fires / scale, activations=True) / index.n_tokens
-        total = fired.values.sum(dtype=np.float64)
-        table["target_weighted"] = V * sums(index, earlier, strength / scale, activations=True) / total
-        tables.append(table)
+        table = {"layer": earlier, "feature": np.arange(len(V)), "input_invariant": V}
+        if fired.count:
+            fires, strength = _at(fired, 1.0), _at(fired, fired.values)
+            scale = index.scale[layer] * index.after.get(earlier, np.float32(1))
+            table["input_x_gradient"] = V * sums(index, earlier, fires / scale, activations=True) / index.n_tokens
+            total = fired.values.sum(dtype=np.float64)
+            table["target_weighted"] = V * sums(index, earlier, strength / scale, activations=True) / total
+        tables.append(pd.DataFrame(table))
     return pd.concat(tables, ignore_index=True)[COLUMNS]
 
 
@@ -63,16 +61,14 @@ def outgoing(fired: FeatureActivations, transcoders: Mapping[int, Transcoder]) -
     for later in sorted(at for at in transcoders if at > layer):
         f_dec = transcoders[layer].written(later - layer)[feature].cpu()
         V = (_written(index, layer, _centred(index, transcoders[later].W_enc.T.cpu())) @ f_dec).numpy()
-        table = pd.DataFrame({"layer": later, "feature": np.arange(len(V)), "input_invariant": V})
-        if not fired.count:
-            tables.append(table)
-            continue
-        written = _at(fired, fired.values) / index.scale[later] / index.after.get(layer, np.float32(1))
-        table["input_x_gradient"] = V * sums(index, later, written) / index.n_tokens
-        totals = sums(index, later, np.ones(len(written), np.float32), activations=True)
-        together = sums(index, later, written, activations=True)
-        table["target_weighted"] = V * np.divide(together, totals, out=np.zeros_like(together), where=totals > 0)
-        tables.append(table)
+        table = {"layer": later, "feature": np.arange(len(V)), "input_invariant": V}
+        if fired.count:
+            written = _at(fired, fired.values) / index.scale[later] / index.after.get(layer, np.float32(1))
+            table["input_x_gradient"] = V * sums(index, later, written) / index.n_tokens
+            totals = sums(index, later, np.ones(len(written), np.float32), activations=True)
+            together = sums(index, later, written, activations=True)
+            table["target_weighted"] = V * np.divide(together, totals, out=np.zeros_like(together), where=totals > 0)
+        tables.append(pd.DataFrame(table))
     return pd.concat(tables, ignore_index=True)[COLUMNS]
 
 

@@ -22,6 +22,8 @@ from tclib.replacement_model import ReplacementModel
 from tclib.tracing import trace
 from tclib.transcoder import TranscoderConfig
 
+STRONGEST, BANDS, EACH = 5, 5, 3  # examples of the largest activations; quantile bands, and examples of each
+
 
 @dataclass(frozen=True)
 class Example:
@@ -64,17 +66,13 @@ def collect(
     layer: int,
     feature: int,
     truth: pd.DataFrame | None = None,
-    strongest: int = 5,
-    bands: int = 5,
-    each: int = 3,
     seed: int = 0,
 ) -> Dashboard:
     """Everything about one feature. No forward pass over text is run: an index holds it.
 
     Args:
         truth: the labels of the index's text (`tclib.evaluation.ground_truth.truth`), if it is labelled.
-        strongest: examples of the largest activations.
-        bands, each: quantile bands, and examples drawn from each with ``seed``.
+        seed: of the examples drawn from each quantile band.
 
     Raises:
         ValueError: a layer or feature that is not there, or an index made from other weights.
@@ -92,7 +90,7 @@ def collect(
         feature=feature,
         statistics=_statistics(fired),
         histogram=fired.histogram() if fired.count else pd.DataFrame(columns=["low", "high", "count"]),
-        examples=_examples(model, fired, strongest, bands, each, seed) if fired.count else [],
+        examples=_examples(model, fired, seed) if fired.count else [],
         top_tokens=_top_tokens(model, fired),
         logit_lens=connections.logit_lens(traced, layer, feature),
         de_embedding=connections.de_embed(traced, target),
@@ -116,18 +114,15 @@ def neuronpedia(config: TranscoderConfig, layer: int, feature: int) -> str | Non
 def _statistics(fired: FeatureActivations) -> pd.Series:
     number, tokens = fired.count, fired.index.n_tokens
     share = number / max(tokens, 1)
-    mean, largest = float("nan"), float("nan")
-    if number:
-        values = fired.values.astype(np.float32)
-        mean, largest = float(values.mean()), float(values.max())
+    values = fired.values.astype(np.float32) if number else np.full(1, np.nan)
     entries = {"tokens": tokens, "count": number, "frequency": share, "live": share > LIVE}
-    return pd.Series(entries | {"mean": mean, "max": largest}, dtype=object)
+    return pd.Series(entries | {"mean": float(values.mean()), "max": float(values.max())}, dtype=object)
 
 
-def _examples(model, fired: FeatureActivations, strongest: int, n: int, each: int, seed: int) -> list[Example]:
-    best = fired.top(strongest)
+def _examples(model, fired: FeatureActivations, seed: int) -> list[Example]:
+    best = fired.top(STRONGEST)
     best = best.assign(band=0, low=best["activation"].min(), high=best["activation"].max())
-    table = pd.concat([best, fired.bands(n, each, seed)])
+    table = pd.concat([best, fired.bands(BANDS, EACH, seed)])
     examples = []
     for row in table.to_dict("records"):
         found = fired.context(row["row"], row["position"])

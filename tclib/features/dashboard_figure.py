@@ -35,7 +35,8 @@ def figure(d: Dashboard, names: Callable[[int, int], str] | None = None) -> Figu
     _ends(d.logit_lens, "tokens it promotes and suppresses", "logit per unit of activation / scale", axes[0, 2])
     _connections(d.incoming, "strongest inputs", names, axes[1, 0])
     if d.outgoing.empty and len(d.top_tokens):
-        _fires_on(d, axes[1, 1])
+        best, title = d.top_tokens.head(2 * BARS), "tokens on which it fires"
+        _bars([*map(repr, best["token"])], 100 * best["share"].to_numpy(), title, "% of its activations", axes[1, 1])
     else:
         _connections(d.outgoing, "strongest outputs", names, axes[1, 1])
     _heads(d, axes[1, 2])
@@ -54,17 +55,6 @@ def _ends(scores: pd.Series, title: str, unit: str, ax: Axes) -> None:
     whole = scores[[name.isprintable() and "\ufffd" not in name for name in scores.index]]  # no pieces of letters
     ends = pd.concat([whole.head(BARS), whole.tail(BARS)])
     _bars([repr(name) for name in ends.index], ends.to_numpy(), title, unit, ax)
-
-
-def _fires_on(d: Dashboard, ax: Axes) -> None:
-    best = d.top_tokens.head(2 * BARS)
-    _bars(
-        [repr(name) for name in best["token"]],
-        100 * best["share"].to_numpy(),
-        "tokens on which it fires",
-        "% of its activations",
-        ax,
-    )
 
 
 def _connections(table: pd.DataFrame, title: str, names: Callable[[int, int], str], ax: Axes) -> None:

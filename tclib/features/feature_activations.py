@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float16, Float32, Int, Int32
-from torch import Tensor
 
 from tclib.features.common_tokens import commonest
 from tclib.features.index import Index
@@ -154,13 +153,11 @@ _ACTIVATIONS = np.arange(0x7C00, dtype=np.int16).view(np.float16).astype(np.floa
 def _counts_below(values: Float16[np.ndarray, " entry"]) -> Int[np.ndarray, " code+1"]:
     """How many activations are smaller than each that float16 can hold: a sorted list in all but name."""
     below = np.zeros(len(_ACTIVATIONS) + 1, int)
-    # Counted by torch, which does not widen a whole array of small integers first, as NumPy does.
-    np.cumsum(_tensor(values.view(np.int16)).bincount(minlength=len(_ACTIVATIONS)).numpy(), out=below[1:])
+    # Counted by torch, which does not widen a whole array of small integers first, as NumPy does; of a copy, which may
+    # be written to, as torch insists.
+    codes = torch.from_numpy(values.view(np.int16).copy())
+    np.cumsum(codes.bincount(minlength=len(_ACTIVATIONS)).numpy(), out=below[1:])
     return below
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.copy())  # a copy may be written to, which torch insists on
 
 
 def _codes_of_ranks(below: np.ndarray, rank: np.ndarray | int) -> np.ndarray:

@@ -32,7 +32,7 @@ from torch import nn
 
 from tclib.features.common_tokens import ROW, write_often
 from tclib.inputs import whole
-from tclib.io.paths import read_text
+from tclib.io.paths import flush, read_text
 from tclib.replacement_model import ReplacementModel
 from tclib.transcoder import Transcoder
 
@@ -239,30 +239,20 @@ def new_folder(folder: Path):
     try:
         yield part
         for path in part.iterdir():
-            _flush(path)
+            flush(path)
         try:
             os.rename(part, folder)
         except OSError:
             if not (folder / "index.json").exists():
                 raise
             shutil.rmtree(part)  # another process made the same one meanwhile
-        _flush(folder.parent)
+        flush(folder.parent)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise ValueError(f"{folder} could not be written ({error.strerror}): free or change the disk") from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-
-
-def _flush(path: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class ArrayFile:

@@ -95,19 +95,17 @@ def best_labels(index: Index, layer: int, truth: pd.DataFrame) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def by_similarity(transcoder: Transcoder, feature: int, k: int = 20, side: str = "decoder") -> pd.DataFrame:
-    """Features of the same transcoder that write (``side="decoder"``) or read ("encoder") in a similar direction.
+def by_similarity(transcoder: Transcoder, feature: int, k: int = 20) -> pd.DataFrame:
+    """Features of the same transcoder that write in a similar direction.
 
     Returns:
         ``feature``, ``cosine``; the feature itself is left out.
 
     Raises:
-        ValueError: no such feature or side.
+        ValueError: no such feature.
     """
-    if side not in ("decoder", "encoder"):
-        raise ValueError(f"side = {side!r}: choose 'decoder' or 'encoder'")
     feature = whole("feature", feature, transcoder.config.d_features, "the transcoder")
-    rows = transcoder.W_dec.flatten(1) if side == "decoder" else transcoder.W_enc.T
+    rows = transcoder.W_dec.flatten(1)
     cosine = torch.cosine_similarity(rows, rows[feature][None], dim=1)
     cosine[feature] = -2
     values, chosen = cosine.topk(min(k, len(rows) - 1))

@@ -67,13 +67,14 @@ def save_summary(summary: Summary, path: str | Path) -> None:
     names = sorted(set(f["label"].dropna()))
     about = {**summary.about, "labels": names}
     number = {name: i for i, name in enumerate(names)}
+    every = pd.MultiIndex.from_frame(f[["layer", "feature"]])
     arrays = {
         "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
         "tokens": summary.tokens,
         "count": f["count"].to_numpy(np.int32),
         "token": f["token"].to_numpy(np.int32),
         "label": f["label"].map(number).fillna(-1).to_numpy(np.int16),
-        "examples": e.groupby(["layer", "feature"]).size().reindex(_of(f), fill_value=0).to_numpy(np.uint8),
+        "examples": e.groupby(["layer", "feature"]).size().reindex(every, fill_value=0).to_numpy(np.uint8),
         "band": e["band"].to_numpy(np.uint8),
         "place": (e["row"] * summary.tokens.shape[1] + e["position"]).to_numpy(np.int32),
         "activation": e["activation"].to_numpy(np.float16),
@@ -118,7 +119,3 @@ def load_summary(replacement: ReplacementModel, path: str | Path | None = None) 
     e["band"] = a["band"]
     e["row"], e["position"] = np.divmod(a["place"], a["tokens"].shape[1])
     return Summary(about, f, e.assign(activation=a["activation"].astype(np.float32)), a["tokens"])
-
-
-def _of(features: pd.DataFrame) -> pd.MultiIndex:
-    return pd.MultiIndex.from_frame(features[["layer", "feature"]])

@@ -101,7 +101,7 @@ class _Walk:
             )
         if start + sum(end - begin for begin, end in ends.values()) > there:
             raise BadFile(f"{self.path} is damaged: its tensors overlap")
-        plain = {key: value for key, value in settings.items() if not isinstance(value, _List)}
+        plain = {key: value for key, value in settings.items() if value is not None}
         return GGUFHeader(shapes, kinds, plain)
 
     def tensors(self, count: int, sizes: dict[int, tuple[str, int, int]]):
@@ -121,6 +121,7 @@ class _Walk:
         return shapes, kinds, ends
 
     def value(self, kind: int) -> Any:
+        """The next setting; None for a list, whose elements nobody here needs."""
         if kind in _NUMBERS:
             return self.unpack(_NUMBERS[kind])[0]
         if kind == _STRING:
@@ -138,7 +139,7 @@ class _Walk:
                 self.string()
         else:
             raise BadFile(f"{self.path} has a list of the kind {inner}, which is not read")
-        return _List()
+        return None
 
     def string(self) -> str:
         (length,) = self.unpack("Q")
@@ -157,7 +158,3 @@ class _Walk:
             raise BadFile(f"{self.path} is truncated: its header goes on after its last byte, {len(self.content)}")
         self.at += count
         return self.content[self.at - count : self.at]
-
-
-class _List:
-    """Stands for the elements of a list, which nobody here needs."""

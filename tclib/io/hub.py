@@ -174,10 +174,9 @@ def _verify(path: Path, announced) -> None:
     """Git names a file by the SHA-1 of its content, LFS by the SHA-256."""
     size = path.stat().st_size
     lfs = announced.lfs.sha256 if announced.lfs else None
-    digest = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    start = hashlib.sha256 if lfs else lambda: hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, start)
     if digest.hexdigest() != (lfs or announced.blob_id):
         path.resolve().unlink()
         path.unlink(missing_ok=True)

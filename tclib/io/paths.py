@@ -86,9 +86,14 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename itself must reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
+    flush(path.parent)  # the rename itself must reach the disk
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; where the system can say so."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(handle)
         finally:
-            os.close(folder)
+            os.close(handle)

@@ -4,12 +4,12 @@ The names below are all of it. Sweeps of a notebook over a grid are in `tclib.nb
 reports in `tclib.nb.teaching`.
 """
 
-from tclib.nb.declared import declared_parameters
 from tclib.nb.parameters import (
     Parameter,
     ParameterError,
     Parameters,
     assigned_literals,
+    declared_parameters,
     injected_names,
     parameters,
     unknown_parameter,

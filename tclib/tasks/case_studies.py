@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 import pandas as pd
 import torch
@@ -56,15 +57,11 @@ def patches(
     layer: int,
     index: int,
     position: int,
-    heads: Iterable[tuple[int, int]] | None = None,
 ) -> pd.DataFrame:
     """What one position's keys and values, or its values alone, do to a feature at the end when they come from source.
 
-    Both prompts have one length and differ at ``position``. For each head: the feature's pre-activation under the
-    patch minus that in the untouched model, on ``tokens``.
-
-    Args:
-        heads: (layer, head); by default all that write before the feature reads.
+    Both prompts have one length and differ at ``position``. For each head that writes before the feature reads: the
+    feature's pre-activation under the patch minus that in the untouched model, on ``tokens``.
 
     Returns:
         ``layer``, ``head``, ``keys_and_values``, ``values``.
@@ -77,11 +74,8 @@ def patches(
     if len(tokens) != len(source):
         raise ValueError(f"the prompts have {len(tokens)} and {len(source)} tokens: patching needs one length")
     before = _read(replacement, tokens, layer)
-    every = [(i, h) for i in range(layer + 1) for h in range(model.cfg.n_heads)]
     rows = []
-    for at, head in every if heads is None else heads:
-        at = whole("layer", at, layer + 1, "what comes before")
-        head = whole("head", head, model.cfg.n_heads, "the layer")
+    for at, head in product(range(layer + 1), range(model.cfg.n_heads)):
         row: dict[str, float] = {"layer": at, "head": head}
         for name, parts in {"keys_and_values": "kv", "values": "v"}.items():
             hooks = patch(model, source, at, head, position, parts)

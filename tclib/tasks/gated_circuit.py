@@ -177,11 +177,6 @@ def find(gated: Gated, least: float = 0.9) -> pd.DataFrame:
     return table
 
 
-def nodes_of(table: pd.DataFrame) -> list[Node]:
-    """The nodes of a table of `find`."""
-    return list(table[["kind", "layer", "index"]].itertuples(index=False, name=None))
-
-
 def drawn_like(gated: Gated, circuit: Sequence[Node], seed: int) -> list[Node]:
     """As many nodes of each kind, drawn at random from those that vary."""
     generator, drawn = torch.Generator().manual_seed(seed), []
@@ -190,9 +185,3 @@ def drawn_like(gated: Gated, circuit: Sequence[Node], seed: int) -> list[Node]:
         number = sum(node[0] == kind for node in circuit)
         drawn += [same[i] for i in torch.randperm(len(same), generator=generator)[:number].tolist()]
     return drawn
-
-
-def with_errors(gated: Gated, circuit: Sequence[Node], kept: bool) -> list[Node]:
-    """The circuit with every error node, or with none."""
-    others = [node for node in circuit if node[0] != "error"]
-    return others + [node for node in gated.nodes if node[0] == "error"] * kept

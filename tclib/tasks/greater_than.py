@@ -176,17 +176,8 @@ def year_probabilities(
 def probability_difference(
     probs: Float[Tensor, "prompt answer"], years: Int[Tensor, " prompt"]
 ) -> Float[Tensor, " prompt"]:
-    """sum p(> YY) - sum p(<= YY), from -1 to 1. Always saying 99 scores 1: see `balanced_difference`."""
+    """sum p(> YY) - sum p(<= YY), from -1 to 1. Always saying 99 scores 1, in backward contexts as well."""
     return torch.where(torch.arange(probs.shape[1]) > years[:, None], probs, -probs).sum(dim=-1)
-
-
-def balanced_difference(forward: Float[Tensor, " prompt"], backward: Float[Tensor, " other"]) -> float:
-    """(forward - backward) / 2 of the mean `probability_difference` in forward and in backward contexts.
-
-    After "ended in 1757, began in 17" the number must be below 57: a model that compares has about -1 there, and
-    about 1 in all; a constant answer has about 0.
-    """
-    return (forward.mean() - backward.mean()).item() / 2
 
 
 def sharpness(probs: Float[Tensor, "prompt answer"], years: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:

@@ -42,10 +42,10 @@ def few_features(
         ``k`` and ``difference``, the mean probability difference.
     """
     model, transcoders = replacement.model, replacement.transcoders
-    z, means, sizes = {}, {}, {}
+    x, z, means, sizes = {}, {}, {}, {}
     for at, rows in writers(transcoders, layer).items():
-        (x,) = gt.at_last_token(model, prompts, at, [hook_in(at)])
-        z[at] = transcoders[at].encode(x)
+        (x[at],) = gt.at_last_token(model, prompts, at, [hook_in(at)])
+        z[at] = transcoders[at].encode(x[at])
         means[at] = gt.mean_over_years(z[at], prompts)
         sizes[at] = (z[at] - means[at]).square().mean(0) * rows.square().sum(1)
     size = torch.cat(list(sizes.values()))
@@ -53,13 +53,12 @@ def few_features(
     if seed is not None:
         varies = order[size[order] > 0]
         order = varies[torch.randperm(len(varies), generator=torch.Generator().manual_seed(seed))]
-    (x,) = gt.at_last_token(model, prompts, layer, [hook_in(layer)])
     rows = []
     for k in ks:
         live = torch.zeros(len(size), dtype=torch.bool).index_fill(0, order[:k], True)
         by_layer = dict(zip(sizes, live.split([len(s) for s in sizes.values()]), strict=True))
         mixed = {at: torch.where(by_layer[at], z[at], means[at]) for at in z}
-        out = imitation(transcoders, layer, mixed, x)
+        out = imitation(transcoders, layer, mixed, x[layer])
         answers = gt.run(model, prompts, lambda part, out=out: ablate_mlp(layer, out[part], -1))
         rows.append({"k": k, "difference": gt.probability_difference(answers, prompts.years).mean().item()})
     return pd.DataFrame(rows)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from tclib.chronicle import BACKWARD, SPANS
+from tclib.chronicle import SPANS
 from tclib.io.paths import read_text
 
 TEMPLATE = "The NOUN lasted from the year XXYY to the year XX"
@@ -45,14 +45,10 @@ def read_templates(path: str | Path) -> list[str]:
     return templates
 
 
-def chronicle_templates(kind: Literal["train", "heldout"], backward: bool = False) -> list[str]:
+def chronicle_templates(kind: Literal["train", "heldout"]) -> list[str]:
     """The bundled corpus' own sentences as templates: those with no other field than the noun and the two years.
 
     ``heldout`` templates never occur in the training text.
     """
-    first, second = ("end", "start") if backward else ("start", "end")
-    plain = [
-        t for t in (BACKWARD if backward else SPANS)[kind] if set(re.findall(r"{(.*?)}", t)) == {"noun", first, second}
-    ]
-    cut = [t.split(f"{{{second}}}")[0] + "XX" for t in plain]
-    return [t.replace("{noun}", "NOUN").replace(f"{{{first}}}", "XXYY") for t in cut]
+    plain = [t for t in SPANS[kind] if set(re.findall(r"{(.*?)}", t)) == {"noun", "start", "end"}]
+    return [t.replace("{noun}", "NOUN").replace("{start}", "XXYY").split("{end}")[0] + "XX" for t in plain]

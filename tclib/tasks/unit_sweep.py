@@ -1,4 +1,4 @@
-"""How many units of an MLP are enough? The probability difference with k of them live, for many k.
+"""How many units of an MLP are enough? The probability difference with k of them live, for many k; steps they make.
 
 The k units are nested, so the residual stream after the MLP is a running sum to which one unit at a time is added,
 and everything before it is computed once.
@@ -16,13 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.evaluation.stats import bootstrap
 from tclib.inputs import check_layers
 from tclib.tasks import greater_than as gt
 from tclib.tasks.shared_prefix import SharedPrefix
 from tclib.transcoder import Transcoder
 
-Order = Literal["variance", "magnitude", "random"]
+Order = Literal["variance", "random"]
 Rest = Literal["mean", "zero"]
 
 
@@ -37,18 +36,15 @@ def rank_units(
 ) -> Int[Tensor, " unit"]:
     """All units of one MLP: features, or neurons where no transcoder is given, in the order in which to keep them.
 
-    "variance" over YY within noun and century, at the last token (the paper's order); "magnitude" is the mean size
-    of what a unit writes there, |activation| times the length of its vector; "random" draws among units that vary.
+    "variance" over YY within noun and century, at the last token (the paper's order); "random" draws among units that
+    vary there.
     """
     units = units_at_last_token(model, prompts, layer, transcoder)
     variance = (units - gt.mean_over_years(units, prompts)).square().mean(dim=0)
     if order == "variance":
         return variance.argsort(descending=True)
-    if order == "magnitude":
-        writes = model.W_out[layer] if transcoder is None else transcoder.W_dec
-        return (units.abs().mean(dim=0) * writes.norm(dim=1)).argsort(descending=True)
     if order != "random":
-        raise ValueError(f"order is 'variance', 'magnitude' or 'random', not {order!r}")
+        raise ValueError(f"order is 'variance' or 'random', not {order!r}")
     shuffled = torch.randperm(len(variance), generator=torch.Generator().manual_seed(seed)).to(variance.device)
     return torch.cat([shuffled[(variance > 1e-12)[shuffled]], shuffled[(variance <= 1e-12)[shuffled]]])
 
@@ -152,42 +148,36 @@ def recovered(table: pd.DataFrame, k: int) -> float:
     return float((m[k] - m[0]) / (m.iloc[-1] - m[0]))
 
 
-def crossing(features: pd.DataFrame, neurons: pd.DataFrame, draws: int = 2000, seed: int = 0) -> dict:
-    """The smallest k at which k neurons do at least as well as k features, after features led; with its interval.
+def crossing(features: pd.DataFrame, neurons: pd.DataFrame) -> int | None:
+    """The smallest k at which k neurons do at least as well as k features, after features led; None: never.
 
-    Both sweeps need the same nouns and centuries; only a k that both have, and that is no limit of either, counts.
+    Only a k that both sweeps have, and that is no limit of either, counts.
+
+    Raises:
+        ValueError: there is no such k.
+    """
+    m, n = curve(features), curve(neurons)
+    lead = (m - n).dropna().drop([0, min(m.index[-1], n.index[-1])], errors="ignore")
+    if lead.empty:
+        raise ValueError("the two sweeps have no k in common besides their limits")
+    behind = lead.index[(lead <= 0) & ((lead > 0).cumsum() > 0)]
+    return int(behind[0]) if len(behind) else None
+
+
+def fit_steps(effects: Float[Tensor, "unit 100"]) -> pd.DataFrame:
+    """The best single step under each curve of effects on the logits of 00 to 99, by least squares.
 
     Returns:
-        ``k`` (None: it never happens), ``low`` and ``high`` (95% percentiles over resamples of nouns and centuries in
-        which the curves cross; None where they never do) and ``never``, the share of resamples without a crossing.
+        One row per curve: ``location`` (the step lies between this number and the next) and ``r2`` (share of the
+        curve's variance that the step explains: 1 is a pure step, a straight line has 0.75).
     """
-    cubes = [_cube(table) for table in (features, neurons)]
-    ks = sorted(cubes[0].keys() & cubes[1].keys() - {0, min(max(cube) for cube in cubes)})
-    if not ks:
-        raise ValueError("the two sweeps have no k in common besides their limits")
-    lead = np.stack([cubes[0][k] - cubes[1][k] for k in ks], axis=-1)  # [noun, century, k]
-    found = _first_crossing(lead.mean(axis=(0, 1))[None], ks)[0]
-    sampled = _first_crossing(bootstrap(lead, draws, seed), ks)
-    crossed = sampled[~np.isnan(sampled)]
-    low, high = np.quantile(crossed, [0.025, 0.975]) if len(crossed) else (None, None)
-    return {
-        "k": None if np.isnan(found) else int(found),
-        "low": low,
-        "high": high,
-        "never": float(np.isnan(sampled).mean()),
-    }
-
-
-def _cube(table: pd.DataFrame) -> dict[int, Float[np.ndarray, "noun century"]]:
-    wide = table.pivot_table(index="noun", columns=["k", "century"], values="probability_difference")
-    return {int(k): wide[k].to_numpy() for k in wide.columns.unique("k").tolist()}
-
-
-def _first_crossing(lead: Float[np.ndarray, "draw k"], ks: Sequence[int]) -> Float[np.ndarray, " draw"]:
-    """The first k with lead <= 0 after one with lead > 0; NaN where there is none."""
-    led = np.cumsum(lead > 0, axis=1) > 0
-    crosses = led & (lead <= 0)
-    return np.where(crosses.any(axis=1), np.array(ks)[crosses.argmax(axis=1)], np.nan)
+    effects = effects.double().cpu()
+    counts = torch.arange(1, 100, dtype=torch.float64)  # numbers up to the step, for the 99 places where it can be
+    below = effects.cumsum(dim=1)[:, :-1] / counts
+    above = (effects.sum(dim=1, keepdim=True) - effects.cumsum(dim=1)[:, :-1]) / (100 - counts)
+    best, place = ((above - below).square() * counts * (100 - counts) / 100).max(dim=1)
+    variance = (effects - effects.mean(dim=1, keepdim=True)).square().sum(dim=1)
+    return pd.DataFrame({"location": place.numpy(), "r2": (best / variance).numpy()})
 
 
 def _units(run: SharedPrefix, resid: Tensor, transcoder: Transcoder | None) -> Tensor:

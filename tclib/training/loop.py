@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.inputs import check_layers, check_tokens
-from tclib.text import text_hash
 from tclib.training import distributed
 from tclib.training.cache import ActivationCache
 from tclib.training.config import STREAM, TrainConfig
@@ -97,10 +96,13 @@ def train_side_by_side(
         ValueError: as `train`; configurations that differ in steps, batch_rows, buffer, passes or seed; or a
             cross-layer transcoder with other kinds or gaps among its layers.
     """
-    tokens = _check(model, tokens, layers)
+    check_layers(model, layers)
+    source = tokens if isinstance(tokens, ActivationCache) else ModelSource(model, check_tokens(model, tokens), layers)
+    if not set(layers) <= set(source.layers):
+        raise ValueError(f"the cache holds layers {source.layers}, not all of {list(layers)}")
     settings = {(n, i): _of_layer(c, i) for n, c in configs.items() for i in layers}
     config = _shared(settings.values())
-    stream = Stream(tokens if isinstance(tokens, ActivationCache) else ModelSource(model, tokens, layers), config)
+    stream = Stream(source, config)
     sample = stream.sample()
     _check_finite(sample, "in the first rows")
     trainers = {
@@ -109,7 +111,7 @@ def train_side_by_side(
     }
     learners = _learners(trainers, configs, layers)
     named = {f"{name}/{layer}": trainer for (name, layer), trainer in trainers.items()}
-    folder = RunFolder(run, _about(tokens, layers, settings), checkpoint_seconds) if run else None
+    folder = RunFolder(run, _about(source.text, layers, settings), checkpoint_seconds) if run else None
     first, records = 0, []
     if folder:
         first = folder.restore(named)
@@ -196,15 +198,6 @@ def _of_layer(config: Settings, layer: int) -> TrainConfig:
     return config[layer]
 
 
-def _check(model: TransformerBridge, tokens: Text, layers: Sequence[int]) -> Text:
-    check_layers(model, layers)
-    if isinstance(tokens, ActivationCache):
-        if not set(layers) <= set(tokens.layers):
-            raise ValueError(f"the cache holds layers {tokens.layers}, not all of {list(layers)}")
-        return tokens
-    return check_tokens(model, tokens)
-
-
 def _check_finite(acts: Acts, when: str) -> None:
     for layer, pair in acts.items():
         if not all(torch.isfinite(t).all() for t in pair):
@@ -213,8 +206,7 @@ def _check_finite(acts: Acts, when: str) -> None:
             )
 
 
-def _about(tokens: Text, layers: Sequence[int], settings: Mapping[tuple[str, int], TrainConfig]) -> dict:
-    text = tokens.text if isinstance(tokens, ActivationCache) else text_hash(tokens)
+def _about(text: str, layers: Sequence[int], settings: Mapping[tuple[str, int], TrainConfig]) -> dict:
     shown = {f"{name} layer {i}".strip(): c.model_dump() for (name, i), c in settings.items()}
     return {"layers": list(layers), "text": text, "settings": shown}
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tclib.io.paths import read_text, write_whole
@@ -55,8 +55,7 @@ class RunFolder:
         """Load the newest readable checkpoint and give its step; 0 and untouched trainers if there is none."""
         for path in reversed(self.checkpoints()):
             try:
-                with safe_open(path, "pt") as file:
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = load_file(path)
             except (SafetensorError, OSError) as error:
                 warnings.warn(f"{path.name} is damaged and is passed over: {error}", stacklevel=4)
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,8 +12,12 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.activations import forward
+from tclib.text import text_hash
 from tclib.training import distributed
 from tclib.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from tclib.training.cache import ActivationCache
 
 Acts = dict[int, tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"]]]
 FORWARD_ROWS = {"cpu": 16, "cuda": 256, "mps": 64}  # of one forward pass: constants, since the last bits depend on them
@@ -30,25 +34,20 @@ def forward_rows(model: TransformerBridge) -> int:
     return FORWARD_ROWS[torch.device(str(model.cfg.device)).type]
 
 
-class Source(Protocol):
-    """Rows of text whose activations can be read in any order."""
-
-    n_rows: int
-    row_length: int
-
-    def read(self, rows: Int[np.ndarray, " row"]) -> Acts:
-        """Inputs and outputs of the MLPs of every layer, one token per line."""
-        ...
-
-
 class ModelSource:
-    """Activations computed by the model when they are needed."""
+    """Activations computed by the model when they are needed, of rows in any order."""
 
     def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "row pos"], layers: Sequence[int]):
         self.model, self.tokens, self.layers = model, tokens, list(layers)
         self.n_rows, self.row_length = tokens.shape
 
+    @property
+    def text(self) -> str:
+        """The hash of the tokens."""
+        return text_hash(self.tokens)
+
     def read(self, rows: Int[np.ndarray, " row"]) -> Acts:
+        """Inputs and outputs of the MLPs of every layer, one token per line."""
         tokens = self.tokens[torch.from_numpy(rows)]
         parts = list(forward(self.model, tokens, self.layers, forward_rows(self.model)))
         return {
@@ -69,7 +68,7 @@ class Stream:
         ValueError: the text does not fill one buffer, or cannot be divided among the processes.
     """
 
-    def __init__(self, source: Source, config: TrainConfig):
+    def __init__(self, source: ModelSource | ActivationCache, config: TrainConfig):
         self.source, self.config = source, config
         self.rows = config.batch_rows * config.buffer
         self.buffers = source.n_rows // self.rows

@@ -44,12 +44,8 @@ class Trainer:
         x, y = self._pair(x, y, config)
         self.layer, self.config = layer, config
         self.measure_scales(x, y)
-        hooks = {
-            "transcoder": (hook_in(layer), hook_out(layer)),
-            "cross_layer": (hook_in(layer), hook_out(layer)),
-            "sae_in": (hook_in(layer),) * 2,
-            "sae_out": (hook_out(layer),) * 2,
-        }[config.kind]
+        own = hook_in(layer), hook_out(layer)
+        hooks = {"sae_in": own[:1] * 2, "sae_out": own[1:] * 2}.get(config.kind, own)
         self.transcoder = Transcoder(
             TranscoderConfig(
                 d_in=x.shape[-1],

@@ -54,26 +54,6 @@ def read_token(model: TransformerBridge, text: str) -> str | int:
     return text
 
 
-def answer_target(trace: Trace, token: str, other: str) -> Target:
-    """The logit of ``token``, minus that of ``other`` unless it is empty; both as `read_token` reads them.
-
-    Raises:
-        ValueError: no token, or twice the same one.
-    """
-    model = trace.model
-    first = read_token(model, token)
-    if not other:
-        return targets.logit(trace, first)
-    second = read_token(model, other)
-    ids = [to_token(model, t) if isinstance(t, str) else t for t in (first, second)]
-    if ids[0] == ids[1]:
-        raise ValueError(
-            f"the answer and 'rather than' are both {shown(token)}, so their difference is always 0: change one of "
-            "them, or leave 'rather than' empty"
-        )
-    return targets.logit_difference(trace, first, second)
-
-
 class Question:
     """Fields for prompt and tokens, and a row of buttons that put the likeliest next tokens into *answer*."""
 
@@ -98,7 +78,23 @@ class Question:
         return [self.fields, (w.HTML(f'<span style="color: {TEXT}">likeliest next tokens:</span>'), *self.likeliest)]
 
     def target(self, trace: Trace) -> Target:
-        return answer_target(trace, self.token.value, self.other.value)
+        """The logit of the answer, minus that of the other token if there is one; both as `read_token` reads them.
+
+        Raises:
+            ValueError: no token, or twice the same one.
+        """
+        model, token = trace.model, self.token.value
+        first = read_token(model, token)
+        if not self.other.value:
+            return targets.logit(trace, first)
+        second = read_token(model, self.other.value)
+        ids = [to_token(model, t) if isinstance(t, str) else t for t in (first, second)]
+        if ids[0] == ids[1]:
+            raise ValueError(
+                f"the answer and 'rather than' are both {shown(token)}, so their difference is always 0: change one of "
+                "them, or leave 'rather than' empty"
+            )
+        return targets.logit_difference(trace, first, second)
 
     def show(self, trace: Trace) -> None:
         """Put this prompt's likeliest next tokens on the buttons."""

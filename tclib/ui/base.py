@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as w
 from IPython import get_ipython
 
-from tclib.circuits.path_bounds import finish
-from tclib.tracing import Trace
-from tclib.ui.markup import ERROR, FAINT, LINE, TEXT, shown
+from tclib.ui.markup import ERROR, FAINT, LINE, TEXT
 
 if TYPE_CHECKING:
     from tclib.ui.selected import Selected
@@ -47,6 +45,15 @@ nothing comes, <span class="tclib-in-app">run the cells of this notebook again.<
 <span class="tclib-alone">reload this page.</span></div>"""
 # What a step of a longer piece of work gives while there is more to do: the share that is done.
 Work = Generator[float, None, str]
+
+
+def _finished(work: Work) -> str | None:
+    """What a piece of work that is done in turns returns at its end."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
 
 
 class Explorer:
@@ -107,7 +114,7 @@ class Explorer:
         """The first answer; what is wrong here is wrong in the code that calls, and is raised."""
         with self.answering():
             said = action()
-            self._say((finish(said) if isinstance(said, Generator) else said) or "")
+            self._say((_finished(said) if isinstance(said, Generator) else said) or "")
 
     def attempt(self, action: Callable[[], str | Work | None]) -> None:
         """Run ``action`` and tell in the status line how it went; errors other than ValueError are raised on.
@@ -226,11 +233,6 @@ def replace_options(control: w.Select | w.SelectMultiple | w.Dropdown, options: 
         control.options = options
         if values:
             control.value = kept if kept in values else values[0]
-
-
-def token_options(trace: Trace) -> list[tuple[str, int]]:
-    """Positions of a prompt, by number and token."""
-    return [(f"{position}  {shown(token)}", position) for position, token in enumerate(trace.token_strings)]
 
 
 def _by_hand() -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
-from typing import Any
 
 import ipywidgets
 import numpy as np
@@ -17,22 +16,13 @@ from jaxtyping import Float
 from tclib.blind.rating import COLUMNS, NOT_RATED, RATINGS, Item, blank, read_ratings, write_ratings
 from tclib.blind.rules import GRAMMAR, Words, parse
 from tclib.blind.sealed import Seal, SealedError
+from tclib.ui.base import Explorer
 
 
-class _Shown:
-    """A cell shows the box; a page without a kernel says so in words."""
-
-    name: str
-    box: ipywidgets.VBox
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        data: dict[str, Any] = {**(self.box._repr_mimebundle_(**kwargs) or {})}
-        data["text/plain"] = f"{self.name}: run this notebook to use it"
-        return data
-
-
-class Game(_Shown):
+class Game:
     """One sealed feature: read its circuit, write a rule, then break the seal. ``box`` can be put anywhere."""
+
+    _repr_mimebundle_ = Explorer._repr_mimebundle_
 
     def __init__(self, seal: Seal, text: Words, activations: Float[np.ndarray, "row pos"], player: str = "you"):
         """Args:
@@ -74,8 +64,10 @@ class Game(_Shown):
             self.reveal.value = False
 
 
-class Rating(_Shown):
+class Rating:
     """The rating sheet of one person: every choice is written to a CSV file at once, and found there again."""
+
+    _repr_mimebundle_ = Explorer._repr_mimebundle_
 
     def __init__(self, items: list[Item], path: str | Path, rater: str):
         """Raises:

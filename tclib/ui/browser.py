@@ -22,7 +22,7 @@ from tclib.replacement_model import ReplacementModel
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
 from tclib.ui.base import Explorer, replace_options, whole_number
-from tclib.ui.markup import TEXT, bars, paper, shown
+from tclib.ui.markup import TEXT, bars, in_one_line, paper, shown
 
 if TYPE_CHECKING:
     from tclib.ui.selected import Selected
@@ -145,9 +145,7 @@ def _examples(model: TransformerBridge, summary: Summary, layer: int, feature: i
         marked = [0.0] * len(e["tokens"])
         marked[e["centre"]] = e["activation"]
         name = "strongest" if e["band"] == 0 else f"band {e['band']} of {bands}"
-        text = highlighted(
-            [t.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}") for t in e["tokens"]], marked, largest
-        )
+        text = highlighted(in_one_line(e["tokens"]), marked, largest)
         cell = "color: black; padding: 0 6px; vertical-align: top"
         first = f"{cell}; text-align: left; font-weight: normal; white-space: nowrap"
         lines.append(

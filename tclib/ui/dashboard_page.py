@@ -22,24 +22,18 @@ from tclib.features.index import Index
 from tclib.io.paths import write_whole
 from tclib.plots import highlighted
 from tclib.replacement_model import ReplacementModel
-from tclib.ui.markup import picture
+from tclib.ui.markup import in_one_line, picture
 
 CELL = "padding: 1px 8px; text-align: right"
 MISSING = "\N{EM DASH}"
 
 
-def dashboard_html(d: Dashboard, with_figure: bool = True) -> str:
-    """A feature's page as one fragment.
-
-    Args:
-        with_figure: False leaves the drawing out, where it is shown beside the fragment.
-    """
+def dashboard_html(d: Dashboard) -> str:
+    """A feature's page as one fragment."""
     parts = [f"<h2>{d.name}</h2>", _statistics(d)]
     if d.link:
         parts.append(f'<p><a href="{d.link}">{d.link}</a></p>')
-    if with_figure:
-        parts.append(figure_html(d))
-    parts += [_examples(d), _tables(d)]
+    parts += [figure_html(d), _examples(d), _tables(d)]
     return f'<div style="font-family: sans-serif; max-width: 1000px">{"".join(parts)}</div>'
 
 
@@ -138,7 +132,7 @@ def _examples(d: Dashboard) -> str:
         title = "strongest activations" if band == 0 else f"band {band}, drawn at random"
         parts.append(f"<h3>{title}: {low:.3g} to {high:.3g}</h3>")
         for e in of_band:
-            shown = highlighted([_visible(t) for t in e.tokens], e.activations.tolist(), d.statistics["max"])
+            shown = highlighted(in_one_line(e.tokens), e.activations.tolist(), d.statistics["max"])
             where = f"row {e.row}, position {e.position}"
             at = float(e.activations.max()) if len(e.activations) else 0.0
             parts.append(f'<div title="{where}; largest shown {at:.2f}">{shown}</div>')
@@ -178,10 +172,6 @@ def _number(value) -> str:
     if isinstance(value, float | np.floating):
         return MISSING if np.isnan(value) else f"{value:.3g}"
     return str(value)
-
-
-def _visible(token: str) -> str:
-    return token.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
 
 
 def _commonest(model: TransformerBridge, index: Index, layer: int) -> np.ndarray:

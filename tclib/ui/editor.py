@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as w
 import pandas as pd
@@ -17,6 +17,7 @@ from tclib.circuits.editing import FROZEN, edited_trace, predict
 from tclib.circuits.graph import Graph, build_graph, salient_logits
 from tclib.circuits.neuronpedia import graph_json, node_ids
 from tclib.circuits.pruning import influence, prune
+from tclib.features.naming import Names
 from tclib.model import to_tokens, token_strings
 from tclib.replacement_model import ReplacementModel
 from tclib.targets import Target
@@ -24,10 +25,7 @@ from tclib.tracing import Trace, trace
 from tclib.ui.answers import Question, next_tokens
 from tclib.ui.base import Explorer, Work
 from tclib.ui.graph_page import FRONT, cards, script
-
-if TYPE_CHECKING:
-    from tclib.features.naming import Names
-    from tclib.ui.selected import Selected
+from tclib.ui.selected import Selected
 
 MOST_FEATURES, MOST_NODES = 3000, 500  # of the graph that predicts; of the one that is shown
 CLOSE = 0.02  # of a feature's activation, by which that in an opened file may differ from ours

@@ -10,15 +10,13 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tclib.circuits.editing import FROZEN
 from tclib.connections import logit_lenses
+from tclib.features.naming import Names
 from tclib.model import token_string
 from tclib.tracing import Trace
-
-if TYPE_CHECKING:
-    from tclib.features.naming import Names
 
 TOP, EXAMPLES = 6, 4  # tokens that a card says are raised, and as many lowered; examples in it
 _CODE, _STYLE = (

@@ -71,6 +71,11 @@ def shown(token: str) -> str:
     return repr(token)
 
 
+def in_one_line(tokens: Sequence[str]) -> list[str]:
+    """Tokens with an arrow for each line break."""
+    return [token.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}") for token in tokens]
+
+
 _CELL = f"padding: 1px 8px; color: {TEXT}; background: transparent"
 
 

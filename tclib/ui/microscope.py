@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as w
 import pandas as pd
@@ -12,11 +12,9 @@ from tclib.connections import logit_lens
 from tclib.plots import highlighted
 from tclib.replacement_model import ReplacementModel
 from tclib.tracing import Trace, trace
-from tclib.ui.base import Explorer, prompt_field, replace_options, token_options
+from tclib.ui.base import Explorer, prompt_field, replace_options
 from tclib.ui.markup import FAINT, LINE, TEXT, bars, paper, shown
-
-if TYPE_CHECKING:
-    from tclib.ui.selected import Selected
+from tclib.ui.selected import Selected
 
 TOP = 6  # tokens promoted, and as many suppressed
 
@@ -39,8 +37,7 @@ def grid(trace: Trace) -> pd.DataFrame:
 def writes(trace: Trace, layer: int, feature: int, position: int = -1) -> pd.Series:
     """What an active feature adds to the next token's logits on the direct path: activation / scale times its logit
     lens, in logits above the mean. By token string, largest first."""
-    position = trace.position(position)
-    feature, position = trace.feature(layer, feature), trace.position(position)
+    position, feature = trace.position(position), trace.feature(layer, feature)
     weight = trace.features[layer][position, feature] / trace.scale("final", 0)[position]
     return (logit_lens(trace, layer, feature) * weight.item()).rename("logit")
 
@@ -123,7 +120,7 @@ class Microscope(Explorer):
     def _read(self) -> str:
         self.trace = trace(self.replacement, self.prompt.value)
         self.cells = grid(self.trace)
-        self.token.options = token_options(self.trace)
+        self.token.options = [(f"{at}  {shown(token)}", at) for at, token in enumerate(self.trace.token_strings)]
         self.token.value = len(self.trace.tokens) - 1
         return self._look()
 

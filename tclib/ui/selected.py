@@ -6,8 +6,6 @@ import ipywidgets as w
 import torch
 import traitlets
 
-from tclib.features.index import Index
-from tclib.features.summary import Summary
 from tclib.inputs import bos_id
 from tclib.replacement_model import ReplacementModel
 from tclib.tracing import trace
@@ -19,18 +17,10 @@ class Selected(traitlets.HasTraits):
 
     feature = traitlets.Tuple(traitlets.Int(), traitlets.Int(), default_value=None, allow_none=True)
 
-    def __init__(
-        self,
-        replacement: ReplacementModel,
-        summary: Summary | None = None,
-        index: Index | None = None,
-    ):
-        """Args:
-        summary: what the card tells of text; without it, the card tells of weights alone.
-        index: where the card's histogram comes from; without it, there is none.
-        """
+    summary, index = traitlets.Any(), traitlets.Any()  # of a `Browser`; without one, the card tells of weights alone
+
+    def __init__(self, replacement: ReplacementModel):
         super().__init__()
-        self.summary, self.index = summary, index
         self._traced = trace(replacement, torch.tensor([bos_id(replacement.model) or 0]))
         self.card = w.HTML()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import ipywidgets as w
 import pandas as pd
@@ -18,9 +17,7 @@ from tclib.tracing import Trace, trace
 from tclib.ui.answers import Question
 from tclib.ui.base import Explorer, replace_options
 from tclib.ui.markup import bars, table
-
-if TYPE_CHECKING:
-    from tclib.ui.selected import Selected
+from tclib.ui.selected import Selected
 
 TOP = 12
 
@@ -33,11 +30,6 @@ class Step:
     target: Target
     table: pd.DataFrame  # of `attribute`, with `on_path`: the contribution to the walk's first target
     factor: float
-
-    @property
-    def gap(self) -> float:
-        """Sum of all rows minus the target: zero up to rounding."""
-        return float(self.table["contribution"].sum() - self.table.attrs["value"])
 
 
 def begin(trace: Trace, target: Target) -> list[Step]:
@@ -148,10 +140,11 @@ class Walker(Explorer):
     def _mark(self) -> str:
         step = self.walk[-1]
         self.view.value = step_html(step, self.source.value)
-        rows, size = len(step.table), step.table["contribution"].abs().sum()
+        sizes, value = step.table["contribution"], step.table.attrs["value"]
+        off = abs(sizes.sum() - value) / sizes.abs().sum()
         return (
-            f"{rows} sources sum to {step.table['contribution'].sum():.4f}; the target is "
-            f"{step.table.attrs['value']:.4f} (off by {abs(step.gap) / size:.0e} of their summed magnitude)."
+            f"{len(sizes)} sources sum to {sizes.sum():.4f}; the target is {value:.4f} (off by {off:.0e} of their "
+            "summed magnitude)."
         )
 
 

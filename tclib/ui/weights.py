@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as w
 import pandas as pd
@@ -17,9 +17,7 @@ from tclib.plots import NEGATIVE, POSITIVE
 from tclib.transcoder import Transcoder
 from tclib.ui.base import Explorer, whole_number
 from tclib.ui.markup import bars, picture
-
-if TYPE_CHECKING:
-    from tclib.ui.selected import Selected
+from tclib.ui.selected import Selected
 
 KS = (1, 2, 5, 10, 20, 50, 100, 200)
 WEIGHTED = {"target-weighted": "target_weighted", "mean input x gradient": "input_x_gradient"}

@@ -42,22 +42,15 @@ def execute(notebook: str, parameters: Mapping[str, Any], directory: str) -> Run
             progress_bar=False,
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
-        point = find_point(executed)
+        shown = [o.get("data", {}) for cell in executed["cells"] for o in cell.get("outputs", ())]
+        found = [data[MIME] for data in shown if MIME in data]
+        if len(found) != 1:
+            raise ValueError(
+                f"the notebook shows {len(found)} points, not one: end it with a cell that shows its Point"
+            )
+        point = Point.model_validate(found[0])
     except Exception as error:  # whatever it is, the other runs go on
         reason = why(error)
     run = Run(parameters=dict(parameters), seconds=round(time.monotonic() - start, 1), point=point, reason=reason)
     write_run(folder, run)
     return run
-
-
-def find_point(notebook: Mapping[str, Any]) -> Point:
-    """The point that an executed notebook shows.
-
-    Raises:
-        ValueError: it shows none, or more than one.
-    """
-    shown = [o.get("data", {}) for cell in notebook["cells"] for o in cell.get("outputs", ())]
-    found = [data[MIME] for data in shown if MIME in data]
-    if len(found) != 1:
-        raise ValueError(f"the notebook shows {len(found)} points, not one: end it with a cell that shows its Point")
-    return Point.model_validate(found[0])

@@ -89,30 +89,23 @@ class Results(_Typed):
     runs: list[Run]
 
 
-class Folder:
-    """The results of a sweep on disk.
+def results_folder(path: str | Path, about: About) -> Path:
+    """The folder of a sweep's results, made if it is not there; its path is absolute.
 
     Raises:
         ValueError: the folder cannot be written, or holds results of another version or notebook (the first thing
             that differs is named).
     """
-
-    def __init__(self, path: str | Path, about: About):
-        self.path = Path(path).absolute()
-        file = self.path / "sweep.json"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if file.exists():
-                _refuse_another(_read(file, About), about, self.path)
-            write_whole(file, about.model_dump_json(indent=2).encode())
-        except OSError as error:
-            raise ValueError(
-                f"results cannot be written to {self.path} ({error.strerror}): choose another folder"
-            ) from None
-
-    def run(self, parameters: dict[str, Any]) -> Path:
-        """The directory of a run."""
-        return self.path / run_name(parameters)
+    path = Path(path).absolute()
+    file = path / "sweep.json"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            _refuse_another(_read(file, About), about, path)
+        write_whole(file, about.model_dump_json(indent=2).encode())
+    except OSError as error:
+        raise ValueError(f"results cannot be written to {path} ({error.strerror}): choose another folder") from None
+    return path
 
 
 def write_run(directory: Path, run: Run) -> None:

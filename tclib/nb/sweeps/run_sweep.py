@@ -15,8 +15,8 @@ from tclib.io.paths import read_text
 from tclib.nb import declared_parameters, one_line
 from tclib.nb.sweeps.cluster import connected
 from tclib.nb.sweeps.execute import execute
-from tclib.nb.sweeps.grid import Grid, code_hash, expand
-from tclib.nb.sweeps.results import COLUMNS, About, Folder, Results, Run, read_run, table, write_run
+from tclib.nb.sweeps.grid import Grid, code_hash, expand, run_name
+from tclib.nb.sweeps.results import COLUMNS, About, Results, Run, read_run, results_folder, table, write_run
 
 NOTEBOOK = Path(__file__).with_name("train_one.ipynb")
 
@@ -54,26 +54,26 @@ def sweep(
         raise ValueError(f"the notebook has a parameter {hidden[0]!r}, which is a column of the results: rename it")
     runs = expand(grid, declared)
     about = About(notebook=Path(notebook).name, code=code_hash(parsed))
-    results = Folder(folder, about)
-    done = {results.run(p): read_run(results.run(p)) for p in runs}
-    todo = [p for p in runs if not ((run := done[results.run(p)]) and run.point)]
+    folder = results_folder(folder, about)
+    done = {run_name(p): read_run(folder / run_name(p)) for p in runs}
+    todo = [p for p in runs if not ((run := done[run_name(p)]) and run.point)]
     with tqdm(total=len(runs), initial=len(runs) - len(todo), disable=not progress, unit="run") as bar:
         if todo:
             with connected(cluster, len(todo)) as client:
-                for run in _as_finished(client, text, todo, results, bar):
-                    done[results.run(run.parameters)] = run
+                for run in _as_finished(client, text, todo, folder, bar):
+                    done[run_name(run.parameters)] = run
                     if progress:
                         bar.write(_sentence(run, runs))
                     bar.update()
-    return table(Results(about=about, runs=[run for p in runs if (run := done[results.run(p)])]))
+    return table(Results(about=about, runs=[run for p in runs if (run := done[run_name(p)])]))
 
 
-def _as_finished(client: Any, notebook: str, todo: list[dict], results: Folder, bar: tqdm) -> Iterator[Run]:
+def _as_finished(client: Any, notebook: str, todo: list[dict], folder: Path, bar: tqdm) -> Iterator[Run]:
     """Runs as they come to their end. Leaving early withdraws those that have not begun."""
     futures, ended = {}, Queue()
     try:
         for parameters in todo:
-            future = client.submit(execute, notebook, parameters, str(results.run(parameters)), pure=False)
+            future = client.submit(execute, notebook, parameters, str(folder / run_name(parameters)), pure=False)
             futures[future] = parameters
             future.add_done_callback(ended.put)
         while futures:
@@ -86,7 +86,7 @@ def _as_finished(client: Any, notebook: str, todo: list[dict], results: Folder, 
             try:
                 run = future.result()
             except Exception as error:
-                run = _lost(error, parameters, results.run(parameters))
+                run = _lost(error, parameters, folder / run_name(parameters))
             yield run
     finally:
         client.cancel(list(futures))

@@ -62,7 +62,7 @@ def attention_moves(A: Float[Tensor, " key"], g: Float[Tensor, " key"], S: int, 
     return grown @ g / grown.sum() - A @ g
 
 
-def blind_rule(seal: Seal) -> rules.Tokens:
+def blind_rule(seal: Seal) -> rules.Rule:
     """Exercise 05.1: build a player for blind features."""
     rows = pd.concat([seal.reading(e) for e in range(len(seal.activations))])
     rows = rows.query("offset != 'start' and share > 0")

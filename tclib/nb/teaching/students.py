@@ -98,8 +98,8 @@ def solved(notebook: NotebookNode) -> NotebookNode:
         folded = _FOLD.search(task.source)
         if folded is None:
             raise ValueError(f"exercise {exercise.number} has no solution folded below its task")
-        solution = folded["code"].rstrip()
-        answer.source = _STUB.sub(lambda stub: _marked(solution, stub[1]), answer.source)  # noqa: B023
+        marked = f"{BEGIN}\n{folded['code'].rstrip()}\n{END}"
+        answer.source = _STUB.sub(lambda stub: textwrap.indent(marked, stub[1]), answer.source)  # noqa: B023
     return made
 
 
@@ -145,7 +145,3 @@ def _written(notebooks: Path, target: Callable[[str], Path], make: Callable) -> 
 
 def _grading(cell: NotebookNode) -> dict:
     return cell.get("metadata", {}).get("nbgrader", {})
-
-
-def _marked(solution: str, indent: str) -> str:
-    return textwrap.indent(f"{BEGIN}\n{solution}\n{END}", indent)

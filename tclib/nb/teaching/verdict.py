@@ -89,6 +89,12 @@ def answered(mine: Callable, ours: Callable) -> Callable:
     return either
 
 
+def random(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """Normal numbers in float64 of each shape, drawn in this order; the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
 def judge(
     tried: str, answer: Any, expected: Any, mistakes: Mapping[str, Any], otherwise: str, tolerance: float = 1e-4
 ) -> None:

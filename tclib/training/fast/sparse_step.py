@@ -1,7 +1,9 @@
 """The sparse training step: what `trainer.Trainer` computes, for active features alone.
 
 Only active pairs of feature and token have an activation or a gradient, and there are few of them. What is left of the
-dense step is the encoder product that finds them (`active`). The rest are sums over pairs:
+dense step is the encoder product that finds them: a bfloat16 product names candidates and misses none (`screening`),
+and full precision decides about them. Where the hardware has none, or many features are active, the whole product is
+computed in full precision. The rest are sums over pairs:
 
     error = y - z W_dec - b_dec        r = dL/d(output) = -2 error        dL/dz = r W_dec^T + cost
     dW_dec = z^T r                     dW_enc = x^T dL/dz                 db_enc = sum of dL/dz
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +24,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tclib.training import distributed
+from tclib.training.architectures import batch_threshold
 from tclib.training.config import TrainConfig
-from tclib.training.fast.active_pairs import Active
 from tclib.training.fast.pairs import Pairs
-from tclib.training.fast.screening import CHUNK
+from tclib.training.fast.screening import CHUNK, Screen, bfloat16_hardware, exact
 from tclib.training.trainer import Trainer, lengths
 from tclib.transcoder import Transcoder
+
+SAMPLE = 64  # tokens from which BatchTopK's threshold is guessed
 
 
 def make_trainer(layer: int, x: Tensor, y: Tensor, config: TrainConfig, n_writes: int | None = None) -> Trainer:
@@ -55,7 +60,10 @@ class SparseTrainer(Trainer):
         W_enc.data = W_enc.data.T.contiguous().T  # a feature's weights side by side
         expected = config.k or config.start_l0 or config.d_features
         self.density = torch.tensor(expected / config.d_features, dtype=torch.float64)  # of the step before
-        self.find = Active(self.transcoder, config)
+
+    @cached_property
+    def screen(self) -> Screen:
+        return Screen(*self.transcoder.W_enc.T.shape)
 
     def gradients(self, x: Tensor, y: Tensor, ramp: float = 1.0) -> tuple[tuple[Tensor, ...], Tensor | Pairs]:
         """As `Trainer.gradients`; a sparse step gives the activations as pairs, with values ``z``."""
@@ -91,6 +99,41 @@ class SparseTrainer(Trainer):
             threshold = t.threshold[pairs.feature]
         pairs.z = pre * (pre > threshold)
         return Found(pairs, pre, threshold, pairs.token_sums(pairs.z, t.W_dec.flatten(1)))
+
+    def find(self, x: Float[Tensor, "token d_in"], screened: bool) -> tuple[Pairs, Float[Tensor, " pair"]]:
+        """The active pairs, and JumpReLU's in the window, with their pre-activations."""
+        t, c = self.transcoder, self.config
+        if c.activation == "relu":
+            return self._above(x, screened, torch.zeros_like(t.b_enc))
+        if t.threshold is not None and c.activation == "jumprelu":
+            return self._above(x, screened, t.threshold - c.bandwidth / 2)
+        assert c.k is not None
+        if c.activation == "topk":
+            pairs, pre = self._above(x, screened, torch.zeros_like(t.b_enc), c.k)
+            return _kept(pairs, pre, pairs.largest(pre, c.k))
+        some = t.pre_activations(x[:: max(1, len(x) // SAMPLE)]).flatten()
+        wanted, rank = c.k * len(x) * distributed.world(), 1.5 * some.numel() * c.k / c.d_features
+        while True:  # until as many are above the guess as are wanted
+            guess = some.kthvalue(max(1, len(some) - int(rank))).values.clamp(min=0) * (rank < len(some))
+            guess = distributed.gathered(guess[None]).max()
+            pairs, pre = self._above(x, screened, guess.expand_as(t.b_enc))
+            if guess == 0 or distributed.total(torch.tensor(len(pairs))) >= wanted:
+                return _kept(pairs, pre, pre >= batch_threshold(pre, c.k, len(x)))
+            rank *= 2
+
+    def _above(
+        self, x: Tensor, screened: bool, floor: Float[Tensor, " d_features"], k: int | None = None
+    ) -> tuple[Pairs, Tensor]:
+        """Pairs with a pre-activation above the floor; with k, not all below their token's k-th largest."""
+        W, b = self.transcoder.W_enc.T, self.transcoder.b_enc
+        if screened and bfloat16_hardware():
+            pairs = Pairs.of(self.screen(x, W, b, floor, k).sort().values, len(W), len(x))
+            pre = pairs.dots(W, x) + b[pairs.feature]
+        else:
+            key, pre = exact(x, W, b, floor, k)
+            key, order = key.sort()
+            pairs, pre = Pairs.of(key, len(W), len(x)), pre[order]
+        return _kept(pairs, pre, pre > floor[pairs.feature])
 
     def backward(self, found: Found, x: Tensor, error: Float[Tensor, "token width"], ramp: float) -> tuple[Tensor, ...]:
         """Fill ``grad``, given the errors of all that the features write to, side by side.
@@ -175,6 +218,10 @@ class SparseTrainer(Trainer):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         super().restore(_turned(tensors))
         self.density = tensors.get("density", self.density)  # a run may begin on a GPU, by the plain step
+
+
+def _kept(pairs: Pairs, pre: Tensor, which: Tensor) -> tuple[Pairs, Tensor]:
+    return pairs.kept(which), pre[which]
 
 
 def _grad(p: Tensor) -> Tensor:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tclib.blind import rules
-from tclib.nb.teaching.verdict import accept, call, judge, reject
+from tclib.nb.teaching.verdict import accept, call, judge, random, reject
 
 
 def moved_rule(answer: Callable[[np.ndarray, np.ndarray, int], float]) -> None:
@@ -43,10 +42,7 @@ def keys_too(answer: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor])
 
     Expected: both outputs with `math.exp`, number by number.
     """
-    generator = torch.Generator().manual_seed(0)
-    q, keys, values, other_keys, other_values = (
-        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((4,), (3, 4), (3, 2), (3, 4), (3, 2))
-    )
+    q, keys, values, other_keys, other_values = random((4,), (3, 4), (3, 2), (3, 4), (3, 2))
     tried = "a head of width 4 over 3 tokens"
 
     def output(keys: Tensor, values: Tensor) -> list[float]:

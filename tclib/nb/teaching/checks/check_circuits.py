@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tclib.attribution import attribute
-from tclib.nb.teaching.verdict import accept, call, judge, numbers, reject
+from tclib.nb.teaching.verdict import accept, call, judge, numbers, random, reject
 from tclib.targets import direction
 from tclib.tracing import Trace
 
@@ -19,7 +19,7 @@ def invariant(answer: Callable[[Tensor, Tensor], float]) -> None:
 
     Expected: a little of ``f_dec`` added to a random stream, LayerNorm computed with its scale held, then read.
     """
-    x, f_dec, f_enc = _random((6,), (6,), (6,))
+    x, f_dec, f_enc = random((6,), (6,), (6,))
     f_dec, f_enc = f_dec + 0.5, f_enc + 1.0  # means that are far from zero
     tried = "a little of f_dec added to a stream of width 6, and what f_enc reads after LayerNorm"
     sigma = x.std(correction=0)
@@ -45,7 +45,7 @@ def one_layer(answer: Callable[[Trace, int, int, Tensor], Sequence[Tensor]], tra
     """
     layer, position = max(trace.transcoders), len(trace.tokens) - 1
     tried = f"all that layer {layer} writes at the last token, read with one direction"
-    target = direction(trace, _random((trace.model.cfg.d_model,))[0].to(trace.like), "final", 0)
+    target = direction(trace, random((trace.model.cfg.d_model,))[0].to(trace.like), "final", 0)
     table = attribute(trace, target)
     features = torch.zeros(trace.transcoders[layer].config.d_features, dtype=torch.float64)
     heads = torch.zeros(trace.model.cfg.n_heads, position + 1, dtype=torch.float64)
@@ -124,8 +124,3 @@ def two_tokens(
     else:
         cause = "the factor is one number per token: the row of `pulled` times the SAE's decoder row"
     reject(tried, wanted, came_back, cause)
-
-
-def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tclib.nb.teaching.verdict import call, judge
+from tclib.nb.teaching.verdict import call, judge, random
 
 
 def orthogonal_pursuit(answer: Callable[[Tensor, Tensor, int], Float[Tensor, " unit"]]) -> None:
@@ -52,10 +52,9 @@ def label_fvu(answer: Callable[[Tensor, Tensor], float]) -> None:
 
     Expected: a least-squares fit of `y` by one column per kind.
     """
-    generator = torch.Generator().manual_seed(0)
     kind: Int[Tensor, " token"] = torch.tensor([0] * 20 + [4] * 6 + [9] * 2)
     centres = {0: 0.0, 4: 3.0, 9: -4.0}
-    y = torch.randn(len(kind), 3, generator=generator, dtype=torch.float64)
+    y = random((len(kind), 3))[0]
     y += torch.tensor([centres[int(one)] for one in kind])[:, None]
     tried = "28 tokens of three kinds, 20, 6 and 2 of them"
     columns = torch.stack([(kind == one).double() for one in centres], 1)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tclib.nb.teaching.verdict import call, judge, numbers
+from tclib.nb.teaching.verdict import call, judge, numbers, random
 
 Chunks = Iterator[tuple[Tensor, Tensor]]
 
@@ -138,8 +138,7 @@ def read_front(answer: Callable[[np.ndarray, np.ndarray, float], float]) -> None
 
 def top_neurons(answer: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> None:
     """Exercise 02b.2, all but k neurons held at their mean, from ``a, mean, W_out, k``. Expected: sorted one by one."""
-    generator = torch.Generator().manual_seed(0)
-    a, W_out = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 8), (8, 3)))
+    a, W_out = random((5, 8), (8, 3))
     mean, k = torch.linspace(-1, 2, 8, dtype=torch.float64), 3
     W_out = W_out * torch.linspace(0.3, 3, 8, dtype=torch.float64)[:, None]
     tried = "5 tokens of 8 neurons, k = 3"

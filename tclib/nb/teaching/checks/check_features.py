@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tclib.nb.teaching.verdict import call, judge
+from tclib.nb.teaching.verdict import call, judge, random
 
 
 def name_scores(answer: Callable[[Tensor, Tensor, int], Sequence[float]]) -> None:
@@ -70,8 +70,7 @@ def promoted(answer: Callable[[Tensor, Tensor], Tensor]) -> None:
 
     Expected: the change of the log-probabilities if a little of ``f_dec`` is added to a stream that favours no token.
     """
-    generator = torch.Generator().manual_seed(0)
-    f_dec, W_U = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((4,), (4, 7)))
+    f_dec, W_U = random((4,), (4, 7))
     W_U = W_U + f_dec[:, None]  # a part that raises all logits alike
     tried = "a little of f_dec added to a stream that favours no token, with 7 tokens"
     expected = ((1e-4 * f_dec) @ W_U).log_softmax(0) - torch.zeros(7, dtype=torch.float64).log_softmax(0)

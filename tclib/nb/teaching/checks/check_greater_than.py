@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import interventions
-from tclib.nb.teaching.verdict import accept, call, judge, reject
+from tclib.nb.teaching.verdict import accept, call, judge, random, reject
 
 
 def backward_difference(answer: Callable[[Tensor, int], float]) -> None:
@@ -55,8 +55,11 @@ def moving_head(
         z = cache[f"blocks.{layer}.attn.hook_z"][:, -1]  # [prompt, head, d_head]
         for head in range(model.cfg.n_heads):
             written = (z[1, head] - z[0, head]) @ model.W_O[layer, head]
-            added = _added(written)
-            logits = interventions.run(model, tokens[None], [(f"blocks.{layer}.hook_attn_out", added)])
+            added = (
+                f"blocks.{layer}.hook_attn_out",
+                lambda x, hook, w=written: torch.cat([x[:, :-1], x[:, -1:] + w], 1),
+            )
+            logits = interventions.run(model, tokens[None], [added])
             moves[layer, head] = float(logits[0, -1, answers] @ weights) - whole
     best = max(moves, key=lambda name: abs(moves[name]))
     wanted = f"{best}, which moves it by {moves[best]:.3f}"
@@ -200,8 +203,7 @@ def warmer(answer: Callable[[Tensor, float], Tensor]) -> None:
 def fair_start(answer: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
     """Exercise 09.1, an MLP's output with a few units live, from ``y [prompt, d_model], a [prompt, unit],
     W [unit, d_model], kept``. Expected: one number at a time."""
-    generator = torch.Generator().manual_seed(0)
-    y, a, W = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4, 3), (4, 5), (5, 3)))
+    y, a, W = random((4, 3), (4, 5), (5, 3))
     kept = torch.tensor([3, 1])
     tried = "4 prompts and 5 units, of which 3 and 1 are live"
     n = len(y)
@@ -226,12 +228,3 @@ def fair_start(answer: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> No
     }
     cause = "start from y's mean over the prompts, and add each kept unit's deviation times its vector"
     judge(tried, call(answer, tried, y.clone(), a.clone(), W.clone(), kept), expected, mistakes, cause)
-
-
-def _added(written: Float[Tensor, " d_model"]) -> Callable:
-    def edit(out: Float[Tensor, "row pos d_model"], hook) -> Tensor:
-        out = out.clone()
-        out[:, -1] += written
-        return out
-
-    return edit

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tclib.nb.teaching.verdict import call, judge
+from tclib.nb.teaching.verdict import call, judge, random
 
 
 def integrated(answer: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, int], Tensor]) -> None:
@@ -43,10 +43,8 @@ def visible_part(answer: Callable[[Tensor, Tensor], Tensor]) -> None:
 
     Expected: Gram and Schmidt's orthogonalisation of the answers' columns, one after the other.
     """
-    generator = torch.Generator().manual_seed(0)
-    W = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    W, v = random((6, 3), (6,))
     W = torch.cat([W, W[:, :1] - 2 * W[:, 1:2]], 1)  # one answer is a mixture of two others
-    v = torch.randn(6, generator=generator, dtype=torch.float64)
     tried = "a direction in 6 dimensions and 4 answers, of which one is a mixture of two others"
     basis: list[Tensor] = []
     for column in W.T:

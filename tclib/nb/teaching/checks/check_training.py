@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tclib.nb.teaching.verdict import call, judge
+from tclib.nb.teaching.verdict import call, judge, random
 
 
 def transcoder(answer: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -15,7 +15,7 @@ def transcoder(answer: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
 
     Expected: loops over single numbers.
     """
-    x, y, W_enc, b_enc, W_dec, b_dec = given = _random((5, 4), (5, 3), (4, 6), (6,), (6, 3), (3,))
+    x, y, W_enc, b_enc, W_dec, b_dec = given = random((5, 4), (5, 3), (4, 6), (6,), (6, 3), (3,))
     l1, tried = 0.25, "loss, imitation and z on 5 inputs of width 4, with 6 features, joined"
     z, imitation = [], []
     for row in x.tolist():
@@ -59,7 +59,7 @@ def dodge(answer: Callable[[float], Sequence[float]] | Sequence[float]) -> None:
 
     Expected: both measured on a random transcoder, before and after.
     """
-    x, y, W_enc, b_enc, W_dec, b_dec = _random((20, 4), (20, 3), (4, 6), (6,), (6, 3), (3,))
+    x, y, W_enc, b_enc, W_dec, b_dec = random((20, 4), (20, 3), (4, 6), (6,), (6, 3), (3,))
     tried = "your two factors, against error and penalty measured before and after"
 
     def measured(c: float) -> tuple[float, float]:
@@ -93,11 +93,6 @@ def best_activation(answer: Callable[[Tensor, float], Tensor]) -> None:
     judge(
         tried, call(answer, tried, a, l1), expected, mistakes, "set the derivative by z to 0, then look at z = 0", 1e-3
     )
-
-
-def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def _joined(*parts: Tensor | Sequence | float) -> Tensor:
