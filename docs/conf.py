@@ -1,5 +1,5 @@
 """Sphinx's settings for `make docs`: the committed notebooks and the pages of docs/, as a website without scripts from
-elsewhere."""
+elsewhere. Sphinx and MyST-NB, because Jupyter Book 2 needs Node.js."""
 
 from __future__ import annotations
 

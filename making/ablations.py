@@ -110,7 +110,7 @@ VARIANTS = {
     "no tie": ("without: encoder starts along the decoder", Trainer, {"tied": False}),
     "no warm-up": ("without: warm-up of the learning rate", Trainer, {"warmup": 0.0}),
     "no decay": ("without: decay of the learning rate", Trainer, {"decay": 0.0}),
-    "no ramp": ("without: slow rise of the coefficient", Trainer, {"sparsity_warmup": 0.0}),
+    "no sparsity warm-up": ("without: slow rise of the coefficient", Trainer, {"sparsity_warmup": 0.0}),
     "no scaling": ("without: scaled activations", Unscaled, {}),
     "no shuffling": ("without: shuffling buffer", Trainer, {"buffer": 1, "passes": 1}),
     "one pass": ("without: several passes over a buffer", Trainer, {"passes": 1}),

@@ -137,7 +137,7 @@ def measure(model, learned, rows: torch.Tensor, layer: int, seed: int, held_out:
     return {
         "points": records(pd.concat(points)),
         "gaps": records(pd.concat(gaps).drop(columns="metric")),
-        "latents": records(scores),
+        "labels": records(scores),
     }
 
 
@@ -173,14 +173,14 @@ def activations(model, tokens: torch.Tensor, layer: int) -> dict[str, torch.Tens
 
 def collect(model, run: Path, out: Path, base: tc.TrainConfig, parts: list, held_out_rows: int) -> None:
     done = [json.loads(part_file(run, *part).read_text(encoding="utf-8")) for part in parts]
-    tables = {name: [row for part in done for row in part[name]] for name in ("points", "gaps", "latents")}
+    tables = {name: [row for part in done for row in part[name]] for name in ("points", "gaps", "labels")}
     result = {
         "command": "python -m making.fronts --work WORK --run RUN --out data/fronts.json",
         "about": {
             "training": base.model_dump(include={"d_features", "activation", "steps", "batch_rows", "lr"}),
             "training_tokens": base.steps * base.batch_rows * model.cfg.n_ctx,
             "k": KS,
-            "k_of_latents_and_seeds": MIDDLE,
+            "k_of_labels_and_seeds": MIDDLE,
             "held_out_rows_per_text": held_out_rows,
             "replicates": REPLICATES,
             "prompt": PROMPT,

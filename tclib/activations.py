@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.blocks import Block, Norm
-from tclib.inputs import check_layers, check_tokens, counted
+from tclib.inputs import check_layers, check_tokens, counted, words
 
 
 def hook_in(layer: int) -> str:
@@ -65,6 +66,20 @@ def mlp_activations(
 
 
 @torch.no_grad()
+def passes(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "row pos"],
+    names: Collection[str],
+    batch_size: int,
+    stop_at_layer: int,
+) -> Iterator[tuple[Bool[Tensor, "batch pos"], ActivationCache]]:
+    """Batches of a text that was checked already; for each which tokens are words, and what these hooks see."""
+    for rows in tokens.split(batch_size):
+        rows = rows.to(model.cfg.device)
+        _, cache = model.run_with_cache(rows, names_filter=names.__contains__, stop_at_layer=stop_at_layer)
+        yield words(model, rows), cache
+
+
 def forward(
     model: TransformerBridge,
     tokens: Int[Tensor, "row pos"],
@@ -74,11 +89,8 @@ def forward(
 ) -> Iterator[dict[int, MLPActivations]]:
     """`mlp_activations` for a part of a text and for layers that were checked already."""
     outputs = {layer: (writes or {}).get(layer, hook_out(layer)) for layer in layers}
-    names = [name for layer in layers for name in (hook_in(layer), outputs[layer])]
-    for rows in tokens.split(batch_size):
-        _, cache = model.run_with_cache(
-            rows.to(model.cfg.device), names_filter=lambda n: n in names, stop_at_layer=max(layers) + 1
-        )
+    names = {name for layer in layers for name in (hook_in(layer), outputs[layer])}
+    for _, cache in passes(model, tokens, names, batch_size, max(layers) + 1):
         yield {layer: MLPActivations(cache[hook_in(layer)], cache[outputs[layer]]) for layer in layers}
 
 

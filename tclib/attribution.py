@@ -97,7 +97,7 @@ def check_balance(table: pd.DataFrame, tolerance: float = 1e-5) -> None:
 
 
 def _add(columns: dict[str, list], count: int, given: dict) -> None:
-    """Add rows; what is no list is the same in all of them."""
+    """Append rows; a single value is repeated in all of them."""
     for name, column in columns.items():
         value = given.get(name)
         column += value if isinstance(value, list) else [value] * count

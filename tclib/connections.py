@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tclib.activations import hook_in, norm_after
+from tclib.activations import hook_in, norm_after, passes
 from tclib.blocks import Block, embeddings
-from tclib.inputs import check_layers, check_tokens, words
+from tclib.inputs import check_layers, check_tokens
 from tclib.replacement_model import ReplacementModel
 from tclib.targets import Target
 from tclib.tracing import Trace
@@ -188,10 +188,7 @@ def data_weighted(
     names = {hook_in(source_layer), hook_in(target_layer), *scales}
     masked, weighted = torch.zeros_like(invariant), torch.zeros_like(invariant)
     fired, count = 0.0, 0
-    for rows in tokens.split(batch_size):
-        rows = rows.to(model.cfg.device)
-        _, cache = model.run_with_cache(rows, names_filter=names.__contains__, stop_at_layer=target_layer + 1)
-        keep = words(model, rows)
+    for keep, cache in passes(model, tokens, names, batch_size, target_layer + 1):
         z = target.encode(cache[hook_in(target_layer)][keep])[:, index]
         dependent = source.encode(cache[hook_in(source_layer)][keep])
         for scale in scales:

@@ -1,4 +1,4 @@
-"""What enters is looked at here: tokens, and the numbers of layers, heads, features and positions.
+"""Validate tokens and the numbers of layers, heads, features and positions.
 
 Wrong tokens give plausible wrong numbers: without BOS, say, every activation is another one. So every public function
 that takes tokens hands them to `check_tokens` first, and every one that takes a number of something to `whole`.

@@ -1,7 +1,7 @@
-"""The frozen model: attention patterns, LayerNorm scales and MLP outputs held at one prompt's values.
+"""The frozen model: attention patterns, LayerNorm scales and MLP outputs stay at one prompt's values.
 
 What is left is linear, which is why attribution can add up (paper, section 4.1). This module runs the model itself
-with those values held, to check what `tclib.attribution` computes from weights: a freeze that silently does not hold
+with those values frozen, to check what `tclib.attribution` computes from weights: a freeze that silently does not hold
 would give a plausible wrong answer.
 """
 
@@ -21,11 +21,11 @@ from tclib.transcoder import imitation
 
 
 class NotFrozenError(RuntimeError):
-    """The model with everything held does not answer linearly, or not as its weights say: no table can be trusted."""
+    """The frozen model is not linear, or disagrees with its weights: no table can be trusted."""
 
 
 def freeze(trace: Trace) -> list[Hook]:
-    """Hooks that hold patterns, LayerNorm scales and MLP outputs at this prompt's values."""
+    """Hooks that freeze patterns, LayerNorm scales and MLP outputs at this prompt's values."""
     return interventions.freeze(trace.cache, ["patterns", "scales", "mlps"])
 
 
@@ -73,7 +73,7 @@ def self_test(trace: Trace) -> float:
         worst = max(worst, ((measured - expected).norm() / size).item())
     if not worst <= (1e-3 if embed.dtype == torch.float32 else 1e-8):
         raise NotFrozenError(
-            f"with patterns and scales held, the model deviates by {worst:.1e} from what its weights say: "
+            f"with patterns and scales frozen, the model deviates by {worst:.1e} from what its weights say: "
             "is it a model of a supported family without other edits or hooks?"
         )
     return worst
@@ -97,7 +97,7 @@ def by_autograd(trace: Trace, target: Target, table: pd.DataFrame) -> pd.Series:
     """The ``contribution`` column of a table of `tclib.attribution.attribute` by another route.
 
     Every row is what was written times the gradient of the target there, by autograd through the model itself with
-    patterns and scales held, and with values and MLP outputs as constants, so that only the direct path is left. A
+    patterns and scales frozen, and with values and MLP outputs as constants, so that only the direct path is left. A
     head's row is the pattern times the gradient there: value heads serve several heads, patterns one.
     """
     slopes = _gradients(trace, target)

@@ -15,6 +15,11 @@ from matplotlib.axes import Axes
 POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
 
 
+def feature_name(layer: int, feature: int) -> str:
+    """``mlp2[107]``: a feature by the layer of its MLP and its number."""
+    return f"mlp{layer}[{feature}]"
+
+
 def source_names(table: pd.DataFrame) -> list[str]:
     """One name per row of an attribution table, in the paper's notation: ``mlp1[207]``, ``attn2.h3 @4 ' 17'``."""
     names = []

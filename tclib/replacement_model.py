@@ -48,7 +48,9 @@ class ReplacementModel:
         return feature_of(self.transcoders, layer, feature)
 
     def only(self, layers: Collection[int]) -> ReplacementModel:
-        """The same model with the transcoders of some layers."""
+        """The same model with the transcoders of some layers; raises if one of them has none."""
+        if missing := sorted(set(layers) - set(self.transcoders)):
+            raise ValueError(f"layer {missing[0]} has no transcoder: layers {sorted(self.transcoders)} have one")
         return ReplacementModel(self.model, {layer: self.transcoders[layer] for layer in layers})
 
     def need_transcoders(self) -> None:

@@ -120,7 +120,7 @@ class Trace:
         return Norm.of(self.model.ln_final, "ln_final")
 
     def frozen_scale(self, norm: Norm | None) -> Float[Tensor, " pos"]:
-        """What a norm divided by at each position of this prompt. Attribution holds it constant."""
+        """What a norm divided by at each position of this prompt. Attribution takes it as a constant."""
         return torch.ones_like(self.like[:, 0]) if norm is None else self.cache[f"{norm.hook}.hook_scale"][:, 0]
 
     def scale(self, place: Place, layer: int) -> Float[Tensor, " pos"]:

@@ -266,8 +266,8 @@ def test_loss_and_gradients_are_the_plain_equations(kind, sparse, skip):
                 if name != "threshold" or kind == "jumprelu":
                     p += 0.1 * p.abs().mean() * torch.rand(p.shape, generator=draw).double()
         part.silent[:5] = 10**6
-    scaled, ramp = joint.scaled(data()), 0.7
-    sums, _ = joint.gradients(scaled, dict.fromkeys(joint.parts, ramp))
+    scaled, sparsity_scale = joint.scaled(data()), 0.7
+    sums, _ = joint.gradients(scaled, dict.fromkeys(joint.parts, sparsity_scale))
     found = {layer: {n: p.grad.clone() for n, p in part.transcoder.named_parameters() if p.requires_grad}
              for layer, part in joint.parts.items()}  # fmt: skip
 
@@ -289,9 +289,9 @@ def test_loss_and_gradients_are_the_plain_equations(kind, sparse, skip):
         t, c = part.transcoder, part.config
         lengths = t.W_dec.pow(2).sum((1, 2)).sqrt() if kind == "free relu" else 1.0
         if c.activation == "relu":
-            total = total + ramp * c.l1_coefficient * (z[layer] * lengths).sum()
+            total = total + sparsity_scale * c.l1_coefficient * (z[layer] * lengths).sum()
         elif c.activation == "jumprelu":
-            total = total + ramp * training.trainer.penalty(z[layer], pre[layer], t, c)
+            total = total + sparsity_scale * training.trainer.penalty(z[layer], pre[layer], t, c)
         else:
             beside = torch.cat([errors[at].detach() for at in range(layer, LAYERS)], 1)
             dead = torch.relu(pre[layer]) * (part.silent >= c.dead_after)

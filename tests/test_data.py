@@ -73,7 +73,7 @@ def test_model_tokens_and_transcoders_belong_together(model):
         assert row["fvu"] == pytest.approx(report["chronicle"][str(layer)]["fvu"], rel=0.35, abs=0.02)
 
 
-def test_text_rows_and_latents(model):
+def test_text_rows_and_labels(model):
     labelled = text.chronicle(model, 5, seed=3)
     assert labelled.tokens.shape == labelled.labels.shape == (5, model.cfg.n_ctx)
     assert (labelled.tokens[:, 0] == model.tokenizer.bos_token_id).all()

@@ -284,7 +284,7 @@ def test_scorer_finds_planted_features(planted_scores):
     assert pd.isna(units["label"][5]) and units["f1"][5] == 0
 
 
-def test_scorer_sees_split_and_absorbed_latents(planted_scores):
+def test_scorer_sees_split_and_absorbed_labels(planted_scores):
     table = planted_scores.labels.set_index("label")
     assert table.loc["a", "covered"] and table.loc["a", "unit"] == 0
     assert not table.loc["a", "split"] and table.loc["a", "absorbed"] == pytest.approx(0, abs=0.01)
@@ -294,7 +294,7 @@ def test_scorer_sees_split_and_absorbed_latents(planted_scores):
     assert planted_scores.summary()["covered"] == 1
 
 
-def test_shuffled_latents_are_not_found(planted_scores):
+def test_shuffled_labels_are_not_found(planted_scores):
     t = make_transcoder(0, d_features=12)
     (x1, truth1), (x2, truth2) = planted(1), planted(2)
     rng = np.random.default_rng(0)
@@ -372,7 +372,7 @@ def test_match_finds_a_permutation():
 
 def test_fronts_file_is_complete_and_fair():
     script = json.loads(tc.data_path("fronts.json").read_text(encoding="utf-8"))
-    points, gaps, scores = (pd.DataFrame(**script[name]) for name in ("points", "gaps", "latents"))
+    points, gaps, scores = (pd.DataFrame(**script[name]) for name in ("points", "gaps", "labels"))
     assert points["seed"].nunique() >= 3 and set(points["text"]) == {"chronicle", "real"}
     kinds = {"transcoder", "skip transcoder", "SAE on MLP input", "SAE on MLP output"}
     controls_ = {"top-k neurons", "random directions"}

@@ -301,7 +301,7 @@ def test_by_positions(built, dense, tokens):
     assert np.allclose(table["f1"], np.sort(f1)[::-1][:3])
 
 
-def test_latents(built, dense):
+def test_labels(built, dense):
     truth = pd.DataFrame({"even": built.flat_tokens[built.kept] % 2 == 0, "small": built.flat_tokens[built.kept] < 10})
     feature = int(search.statistics(built, 0)["count"].idxmax())
     of = search.labels_of(FeatureActivations(built, 0, feature), truth).set_index("label")

@@ -1,7 +1,7 @@
 """Execute notebooks in place, for their authors: `python tools/execute.py notebooks/04*.ipynb`.
 
 The file is written only if every cell succeeded, and without timings, widget state or anything
-else that would change from run to run.
+else that would change from run to run. (nbclient, because papermill adds its own metadata.)
 """
 
 from __future__ import annotations

@@ -20,13 +20,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import connections, targets
+from tclib.activations import passes
 from tclib.attribution import attribute
 from tclib.blind.rules import Rule, Words, score
 from tclib.circuits.one_step import Node, prompt_graph
 from tclib.circuits.path_search import best_first
-from tclib.inputs import bos_id, check_tokens, words
+from tclib.inputs import bos_id, check_tokens
 from tclib.model import token_strings
-from tclib.plots import highlighted
+from tclib.plots import feature_name, highlighted
 from tclib.replacement_model import ReplacementModel
 from tclib.targets import Target
 from tclib.tracing import Trace, trace
@@ -44,7 +45,7 @@ def activations(
     sources: Mapping[str, Transcoder | str],
     batch_size: int = 16,
 ) -> dict[str, Float[np.ndarray, "row pos unit"]]:
-    """What units do on every token, in one pass; 0 at BOS.
+    """Compute the activations of units at every token, in one pass; 0 at BOS.
 
     Args:
         sources: by name, a transcoder or SAE, or a hook whose values are units themselves (neurons).
@@ -59,12 +60,9 @@ def activations(
     tokens = check_tokens(model, tokens)
     stop = 1 + max(int(hook.split(".")[1]) for hook in hooks.values())
     parts: dict[str, list[Tensor]] = {name: [] for name in sources}
-    for rows in tokens.split(batch_size):
-        rows = rows.to(model.cfg.device)
-        _, cache = model.run_with_cache(rows, names_filter=set(hooks.values()).__contains__, stop_at_layer=stop)
-        kept = words(model, rows)
+    for kept, seen in passes(model, tokens, set(hooks.values()), batch_size, stop):
         for name, source in sources.items():
-            values = cache[hooks[name]] if isinstance(source, str) else source.encode(cache[hooks[name]])
+            values = seen[hooks[name]] if isinstance(source, str) else source.encode(seen[hooks[name]])
             parts[name].append((values * kept[..., None]).cpu())
     return {name: torch.cat(part).numpy() for name, part in parts.items()}
 
@@ -117,8 +115,8 @@ class Seal:
         if activations.shape != tuple(tokens.shape):
             raise ValueError(f"activations have shape {activations.shape}, but the text {tuple(tokens.shape)}")
         if not activations.max() > 0:
-            raise ValueError(f"mlp{layer}[{index}] never fires on this text: draw another, or give more text")
-        self.name, self.layer, self.index, self.restricted = f"mlp{layer}[{index}]", layer, index, restricted
+            raise ValueError(f"{feature_name(layer, index)} never fires on this text: draw another, or give more text")
+        self.name, self.layer, self.index, self.restricted = feature_name(layer, index), layer, index, restricted
         self.hypotheses: list[Hypothesis] = []
         self.broken = False
         self._model, self._tokens, self._activations = model, tokens, activations
@@ -130,7 +128,9 @@ class Seal:
             :examples
         ]
         if not rows:
-            raise ValueError(f"mlp{layer}[{index}] is strong only behind two BOS: draw another, or give more text")
+            raise ValueError(
+                f"{feature_name(layer, index)} is strong only behind two BOS: draw another, or give more text"
+            )
         prompts = [tokens[row, : at[row] + 1] for row in rows]
         self._traces = [trace(replacement, prompt) for prompt in prompts]
         self._circuits = cache(self._paths)  # a search takes half a second, and players read again and again

@@ -46,7 +46,7 @@ FORMATS = (
 
 
 def by_name(name: str) -> bool:
-    """Whether a .pt is one of the paper's, where its content is not at hand: theirs are called so."""
+    """Whether a .pt file has the name of the paper's checkpoints, where its content is not at hand."""
     return "sparse_autoencoder" in PurePosixPath(name).name
 
 
@@ -106,7 +106,7 @@ def _one_per_layer(weights: list[str]) -> None:
 
 
 def needed(kind: Format, weights: list[str], names: Iterable[str]) -> list[str]:
-    """The weights and what lies beside them, of the files that there are."""
+    """The files of weights and their companions, among the files that there are."""
     paths = [PurePosixPath(name) for name in weights]
     beside = {str(path.with_name(other)) for path in paths for other in kind.beside(path.stem)}
     return sorted({*weights, *(beside & set(names))})

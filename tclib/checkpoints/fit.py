@@ -1,4 +1,4 @@
-"""Do these transcoders belong to this model? One number per layer tells."""
+"""Do these transcoders belong to this model? One number per layer tells, before the two are joined."""
 
 from __future__ import annotations
 

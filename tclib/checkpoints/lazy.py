@@ -108,7 +108,7 @@ class Layers(Mapping[int, Transcoder]):
 
 
 def one_per_layer(found: list[Stored]) -> dict[int, Stored]:
-    """By layer; refuses two of one layer, and a cross-layer transcoder of which layers are missing."""
+    """Index checkpoints by layer; refuse two of one layer, and a cross-layer transcoder of which layers are missing."""
     layers: dict[int, Stored] = {}
     for stored in found:
         if stored.layer in layers:

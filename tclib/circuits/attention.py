@@ -86,7 +86,7 @@ class ScoreTerms:
     def removals(self, side: Side) -> pd.DataFrame:
         """What each source of a side brings through the pattern: first order, and the true effect of removing it.
 
-        Everything else is held: values, scales, and the other side. Units are those of ``moved``.
+        Everything else is frozen: values, scales, and the other side. Units are those of ``moved``.
 
         Returns:
             `COLUMNS`, ``contribution`` (to the contrast), ``first_order`` and ``effect``, largest effect first.
@@ -154,7 +154,7 @@ def output_terms(trace: Trace, target: Target, layer: int, head: int) -> ScoreTe
 
 @torch.no_grad()
 def score_target(trace: Trace, layer: int, head: int, destination: int, source: int, side: Side) -> Target:
-    """One side of a score as a target for `tclib.attribution.attribute`, the other side held as it is.
+    """One side of a score as a target for `tclib.attribution.attribute`, the other side frozen.
 
     "query": the number of `score_terms`, read at the destination. "key": the score itself, read at the source.
     """

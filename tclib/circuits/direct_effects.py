@@ -165,7 +165,7 @@ class Sources:
         return moved.view(kept, seen, count, d_head).permute(1, 2, 0, 3).reshape(seen, count, kept * d_head)
 
     def _first(self, vectors: Tensor, layer: int, seen: int) -> Tensor:
-        """Attention's first step, from one position to all: per head once, then spread, is cheaper there."""
+        """Attention's first step, from one position to all: once per head, then spread, is cheaper there."""
         gradient = self._at(vectors, seen)
         if not len(vectors):
             return gradient

@@ -22,6 +22,7 @@ from tclib.circuits.graph import Graph
 from tclib.circuits.one_step import BIASES, PromptGraph
 from tclib.circuits.path_graph import UNLISTED, merge
 from tclib.circuits.path_search import SearchResult, best_first
+from tclib.plots import feature_name
 from tclib.targets import Target
 from tclib.tracing import Trace
 
@@ -48,7 +49,7 @@ def search(graph: PromptGraph, target: Target, share: float) -> tuple[SearchResu
 
 
 def contract(circuit: nx.DiGraph, nodes: Collection[str], name: str, **attributes) -> nx.DiGraph:
-    """The circuit with some nodes as one. What flows between it and the others is unchanged, and so are they.
+    """Merge some nodes of a circuit into one; what flows to and between the other nodes is unchanged.
 
     A node of that name that is there already is joined by them.
     """
@@ -132,7 +133,7 @@ def ablation(
         raise ValueError("there is no feature to take out: choose some (heads and tokens cannot be)")
     table = pd.DataFrame(nodes, columns=["layer", "position", "feature"])
     each = validation.compare(trace, table, [target], FROZEN[frozen])
-    names = [f"mlp{layer}[{feature}]@{position}" for layer, position, feature in nodes]
+    names = [f"{feature_name(layer, feature)}@{position}" for layer, position, feature in nodes]
     rows = pd.DataFrame({"without": names, "predicted": each["predicted"], "measured": each["measured"]})
     if len(nodes) > 1:
         change = target.value(edited_trace(trace, nodes, [0.0] * len(nodes), frozen)) - target.value(trace)

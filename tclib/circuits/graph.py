@@ -46,7 +46,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a graph will take, known before the heavy step."""
+    """Cost of a graph, known before the heavy step."""
 
     features: int  # active features of the prompt
     rows: int  # of them, those that get incoming effects; the rest goes into one remainder node

@@ -1,4 +1,4 @@
-"""How large can a path still become? An upper bound from every node to its terminals, for a search that misses nothing.
+"""Upper bounds on path contributions, from every node to its terminals, for a search that misses nothing.
 
 A contribution does not only shrink along a path: where sources cancel, one of them is larger than their sum. So a
 search that drops small partial paths can lose large ones. The bound here is a dynamic program over the absolute

@@ -63,7 +63,7 @@ class PathFilter:
         return depth >= len(self.first) or bool(self.first[depth](node))
 
     def accepts(self, nodes: Sequence[Node]) -> bool:
-        """Whether a whole path is wanted, each of its nodes being allowed."""
+        """Whether a path is to be listed whose nodes are all allowed."""
         if len(nodes) < len(self.first):
             return False
         ends = range(len(self.inside), len(nodes) + 1)

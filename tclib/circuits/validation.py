@@ -5,7 +5,7 @@ with (new - old) * f_dec added to the MLP's output, so that the transcoder's err
 MLP outputs frozen the two are the same number; what is left free is what attribution froze.
 
 A feature of a cross-layer transcoder is changed in all its writes. Later MLPs that are free answer the change as well,
-which counts some of it twice, since those writes stand for their answer; holding them ("constrained patching", Ameisen
+which counts some of it twice, since those writes stand for their answer; freezing them ("constrained patching", Ameisen
 et al. 2025) leaves the writes alone.
 """
 
@@ -60,14 +60,15 @@ def compare(
     edits = _checked(trace, edits)
     measured = measure(trace, edits, targets, frozen, layers)
     predicted = predict(trace, edits, targets, direct="values" in frozen)
+    keys = ["layer", "position", "feature"]
     rows = [
-        {"layer": e.layer, "position": e.position, "feature": e.feature, "target": t.name}
-        | {"predicted": predicted[i, k].item(), "measured": measured[i, k].item()}
-        for i, e in enumerate(edits.itertuples())
+        edit | {"target": t.name, "predicted": predicted[i, k].item(), "measured": measured[i, k].item()}
+        for i, edit in enumerate(edits[keys].to_dict("records"))
         for k, t in enumerate(targets)
-        if e.layer < t.layer and e.position <= t.position and (e.position == t.position or "values" not in frozen)
+        if edit["layer"] < t.layer
+        and (edit["position"] == t.position or (edit["position"] < t.position and "values" not in frozen))
     ]
-    return pd.DataFrame(rows, columns=["layer", "position", "feature", "target", "predicted", "measured"])
+    return pd.DataFrame(rows, columns=[*keys, "target", "predicted", "measured"])
 
 
 @torch.no_grad()

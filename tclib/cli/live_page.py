@@ -6,8 +6,8 @@ from voila.exporter import VoilaMarkdownRenderer
 
 
 class WithoutPictures(VoilaMarkdownRenderer):
-    """Voila's Markdown with no images: those of notebook 08 show what stands alive beside them, and lie outside the
-    folder that Voila serves, which it answers by showing no page at all."""
+    """Voila's Markdown renderer without images: those of notebook 08 show what is live beside them, and lie outside
+    the folder that Voila serves, which would make it show no page at all."""
 
     def image(self, text: str, url: str, title: str | None = None) -> str:
         return ""

@@ -188,7 +188,7 @@ class _Fit:
         return self.fired / self.sums.total["n"][0]
 
     def variance(self) -> Float[np.ndarray, " replicate"]:
-        """Of the target, per token."""
+        """Variance of the target, per token."""
         s = self.sums.total
         return ((s["square"] - s["y"].pow(2).sum(-1) / s["n"]) / s["n"]).numpy()
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# Student's t at 97.5% for n - 1 degrees of freedom, by number of seeds n.
+# Student's t at 97.5% for n - 1 degrees of freedom, by number of seeds n: all that scipy would be needed for.
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 

@@ -210,7 +210,7 @@ class _Enough(Exception):
 
 
 def _run(model: TransformerBridge, rows: Tensor, names: set[str], stop: int) -> dict[str, Tensor]:
-    """As ``run_with_cache``, but the pass ends at the last name: what the last MLP writes is not asked for."""
+    """Run the model until the last of these activations is cached: what the last MLP writes is not needed."""
     cache = {}
 
     def keep(name: str):  # hook.name may be another name of the same place

@@ -61,7 +61,7 @@ def write_often(folder: Path, layer: str, first: int) -> None:
 
 
 def _entries(path: Path, start: int, stop: int) -> np.ndarray:
-    """Read, not mapped: a folder with a mapped file cannot be removed on Windows."""
+    """Read entries into memory, because a folder with a mapped file cannot be removed on Windows."""
     with open(path, "rb") as file:
         np.lib.format.read_magic(file)
         _, _, dtype = np.lib.format.read_array_header_1_0(file)

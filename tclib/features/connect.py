@@ -54,7 +54,7 @@ def incoming(fired: FeatureActivations, transcoders: Mapping[int, Transcoder]) -
 
 @torch.no_grad()
 def outgoing(fired: FeatureActivations, transcoders: Mapping[int, Transcoder]) -> pd.DataFrame:
-    """Every feature of every later layer as a reader of one feature, on the direct path; columns as `incoming`."""
+    """Connections from one feature to every feature of every later layer, on the direct path; columns as `incoming`."""
     index, layer = fired.index, fired.layer
     feature = feature_of(transcoders, layer, fired.feature)
     tables = [_empty()]

@@ -18,6 +18,7 @@ from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index
 from tclib.inputs import bos_id
 from tclib.model import token_strings
+from tclib.plots import feature_name
 from tclib.replacement_model import ReplacementModel
 from tclib.tracing import trace
 from tclib.transcoder import TranscoderConfig
@@ -85,7 +86,7 @@ def collect(
     traced = trace(replacement, torch.tensor([bos_id(model) or 0]))
     target = targets.feature(traced, layer, feature, 0)
     return Dashboard(
-        name=f"mlp{layer}[{feature}]",
+        name=feature_name(layer, feature),
         layer=layer,
         feature=feature,
         statistics=_statistics(fired),

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from tclib.features.connect import strongest
 from tclib.features.dashboard import Dashboard
-from tclib.plots import NEGATIVE, POSITIVE, heatmap
+from tclib.plots import NEGATIVE, POSITIVE, feature_name, heatmap
 
 BARS = 7
 
@@ -25,7 +25,7 @@ def figure(d: Dashboard, names: Callable[[int, int], str] | None = None) -> Figu
     Args:
         names: what to call feature ``(layer, feature)``, for example `Names.full`; ``mlp2[867]`` by default.
     """
-    names = names or (lambda layer, feature: f"mlp{layer}[{feature}]")
+    names = names or feature_name
     drawn, axes = plt.subplots(2, 3, figsize=(11.5, 6.8), layout="constrained")
     s = d.statistics
     often = f"fires on {s['frequency']:.3%} of" if s["count"] else "is silent on"

@@ -1,5 +1,7 @@
 """The index on disk: for every feature, where it fired and how strongly, sorted by feature; 6 bytes per activation.
 
+It is a sparse matrix by columns, but mapped from the disk and in float16, which scipy.sparse lacks.
+
 index.json               what it was made from: fingerprints of weights and text, rows, layers
 tokens.npy               int32 [row, pos], the text
 layer_0.offsets.npy      int64 [feature + 1]; feature f has the entries offsets[f] to offsets[f + 1] of ...
@@ -116,7 +118,7 @@ class Index:
 
     @cached_property
     def rank(self) -> Int[np.ndarray, " row*pos"]:
-        """Of each counted position, its number among the counted ones, from 0; no use elsewhere."""
+        """Rank of each position among the tokens that are counted, from 0; undefined at BOS."""
         return self.kept.cumsum() - 1
 
     @cached_property

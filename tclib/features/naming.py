@@ -20,6 +20,7 @@ from tclib.activations import hook_in, mlp_activations, our_name
 from tclib.evaluation.metrics import check
 from tclib.inputs import words
 from tclib.model import token_string
+from tclib.plots import feature_name
 from tclib.replacement_model import ReplacementModel
 
 EXAMPLES = 40  # strongest activations from which a name is made
@@ -68,7 +69,7 @@ class Names:
 
     def full(self, layer: int, feature: int) -> str:
         """Number and name, such as ``mlp0[223] "31–34"``."""
-        return f'mlp{layer}[{feature}] "{self(layer, feature)}"'
+        return f'{feature_name(layer, feature)} "{self(layer, feature)}"'
 
     def promotes(self, layer: int, feature: int) -> str:
         """The tokens whose logits the feature raises most by its direct path, such as ``39–52``."""

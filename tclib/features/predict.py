@@ -1,4 +1,4 @@
-"""What an index will take on disk and in memory, measured on a few rows of the text."""
+"""Estimate an index's disk and memory use from a few rows of the text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tclib.replacement_model import ReplacementModel
 
 @dataclass(frozen=True)
 class Plan:
-    """What an index will take, from a few rows of the text."""
+    """Estimated cost of an index, from a few rows of the text."""
 
     tokens: int
     activations: dict[int, int]  # by layer

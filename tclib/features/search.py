@@ -1,4 +1,4 @@
-"""Features that fit a wish: by label, positions, similarity or company. Pure functions that return tables.
+"""Search features by label, positions, similarity or co-activation. Pure functions that return tables.
 
 All but `by_similarity` and `labels_of` look through every activation of a layer, `best_labels` once for each label:
 milliseconds per million.

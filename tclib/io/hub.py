@@ -2,7 +2,7 @@
 
 The cache, retries and resuming within a run, progress bars, tokens and the settings HF_ENDPOINT, HF_HOME and
 HF_HUB_OFFLINE are huggingface_hub's. Added here: only the files asked for, a look at the disk before, checksums after,
-and one sentence when something fails.
+and one sentence when something fails. (`hf cache verify` checks too, but as a step of its own that may come too late.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether something fits into memory, said before it is started."""
+"""Check memory requirements before running."""
 
 from __future__ import annotations
 

@@ -201,6 +201,7 @@ def _look_into_pickle(path: Path, wanted: str | None) -> tuple[set[str], int | N
 
 
 def _pickled_names(data: bytes, wanted: str | None) -> tuple[set[str], int | None]:
+    # torch's own scan tells names alone, and takes more of them than weights need.
     found, value, before = set(), None, None
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name

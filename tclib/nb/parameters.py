@@ -1,4 +1,8 @@
-"""Strict notebook parameters, and findings that are only claims with the default ones."""
+"""Strict notebook parameters, and findings that are only claims with the default ones.
+
+Types are those of the defaults, and most of the module is hints (the nearest name, what papermill injected), of which
+pydantic has none.
+"""
 
 from __future__ import annotations
 

@@ -47,8 +47,9 @@ class Bench:
     """The MLP and the attention layer that greater-than needs most, their activations, and a table of measures.
 
     Activations are centred and divided by their typical length, so a mean squared error is an FVU; neurons stay as they
-    are. BOS is left out. ``train`` is half chronicle and half sampled text, ``held`` is unseen, ``choose`` and ``test``
-    are chronicle text on which labels are chosen and scored; ``fit`` and ``few`` are thinned copies of the first two.
+    are. BOS is left out. ``train`` is half chronicle and half sampled text, and ``held_out`` is unseen; ``choose`` and
+    ``test`` are chronicle text on which labels are chosen and scored; ``fit`` and ``few`` are thinned copies of the
+    first two.
 
     Args:
         layer: the MLP to take apart; -1 for the one whose mean over the start years costs the task most.
@@ -88,7 +89,7 @@ class Bench:
 
     def score(self, name: str, d: Dictionary) -> pd.DataFrame:
         """All measures of a dictionary, kept in ``table`` under its name, as a row."""
-        self.made[name], self.f1s[name], code = d, self.agreement(d), d.encode(self.held[d.reads], self.k)
+        self.made[name], self.f1s[name], code = d, self.agreement(d), d.encode(self.held_out[d.reads], self.k)
         recovered = (self.floor[d.writes] - self.loss(self.spliced(d))) / (self.floor[d.writes] - self.whole)
         active = code != 0
         self.table[name] = {
@@ -108,7 +109,7 @@ class Bench:
 
     def fvu(self, d: Dictionary, acts: Acts | None = None, k: int | None = None) -> float:
         """The fraction of variance that a dictionary leaves unexplained, on held-out text unless told otherwise."""
-        acts = self.held if acts is None else acts
+        acts = self.held_out if acts is None else acts
         v, y = acts[d.reads], acts[d.writes]
         wrong = y - d.rebuilt(d.encode(v, self.k if k is None else k), v)
         return (wrong.square().sum() / (y - y.mean(0)).square().sum()).item()
@@ -129,7 +130,7 @@ class Bench:
 
     def loss(self, hooks: list[tuple], rows: Int[Tensor, "row pos"] | None = None) -> float:
         """The cross-entropy of held-out text with hooks, in nats."""
-        rows = self.held_rows if rows is None else rows
+        rows = self.held_out_rows if rows is None else rows
         log_p = self.model.run_with_hooks(rows, fwd_hooks=hooks)[:, :-1].log_softmax(-1)
         said = words(self.model, rows[:, 1:])
         return -log_p.gather(-1, rows[:, 1:, None])[said].mean().item()
@@ -171,15 +172,15 @@ class Bench:
     def _collect(self, rows: int, seed: int) -> None:
         texts = [text.chronicle(self.model, n, seed + i) for i, n in enumerate((rows // 2, 32, 32))]
         self.sampled = text.load_text(self.model, "sampled", rows // 2 + 16, seed)
-        self.held_rows = torch.cat([texts[2].tokens[:16], self.sampled[:16]])
+        self.held_out_rows = torch.cat([texts[2].tokens[:16], self.sampled[:16]])
         learn_rows = torch.cat([texts[0].tokens, self.sampled[16:]])
-        raw = [self._read(tokens) for tokens in (learn_rows, self.held_rows, texts[1].tokens, texts[2].tokens)]
+        raw = [self._read(tokens) for tokens in (learn_rows, self.held_out_rows, texts[1].tokens, texts[2].tokens)]
         self.mean = {name: v.mean(0) for name, v in raw[0].items()}
         self.size = {name: (v - self.mean[name]).square().sum(1).mean().sqrt() for name, v in raw[0].items()}
         self.mean[self.NEURONS], self.size[self.NEURONS] = torch.zeros(()), torch.ones(())
         parts = [{name: (v - self.mean[name]) / self.size[name] for name, v in part.items()} for part in raw]
-        self.train, self.held, self.choose, self.test = parts
-        self.fit, self.few = _thinned(self.train, 4000), _thinned(self.held, 500)
+        self.train, self.held_out, self.choose, self.test = parts
+        self.fit, self.few = _thinned(self.train, 4000), _thinned(self.held_out, 500)
         truths = [ground_truth.truth(one) for one in texts]
         labels = [name for name in truths[0] if all(name in truth for truth in truths)]
         self.truths = [truth.loc[:, labels] for truth in truths]

@@ -263,8 +263,8 @@ def drop_if_ablated(
     else:
         mean = mean_over_years(at_last_token(model, prompts, layer, [hook_out(layer)])[0], prompts)
         edits = lambda rows: ablate_mlp(layer, mean[rows], -1)  # noqa: E731
-    held = frozen_scales(model, prompts, layer) if freeze_scales else lambda rows: []
-    ablated = run(model, prompts, lambda rows: [*held(rows), *edits(rows)])
+    frozen = frozen_scales(model, prompts, layer) if freeze_scales else lambda rows: []
+    ablated = run(model, prompts, lambda rows: [*frozen(rows), *edits(rows)])
     whole = probability_difference(run(model, prompts), prompts.bounds)
     return (whole - probability_difference(ablated, prompts.bounds)).mean().item()
 

@@ -199,7 +199,7 @@ def removals(trace: Trace, graph: Graph, answer: Target, most: int = 12) -> pd.D
 
     Returns:
         ``layer``, ``position``, ``feature``, and the change of the answer: ``predicted``; with later MLPs ``free`` to
-        answer; and ``constrained``, with all MLPs held so that the feature's own writes alone change.
+        answer; and ``constrained``, with all MLPs frozen so that the feature's own writes alone change.
     """
     features = graph.nodes[graph.nodes["kind"] == "feature"]
     strongest = graph.adjacency[-1, : len(features)].abs().argsort(descending=True)[:most].tolist()

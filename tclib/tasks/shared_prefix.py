@@ -49,7 +49,7 @@ class SharedPrefix:
         return self.neurons(layer, resid) @ m.W_out + m.b_out
 
     def neurons(self, layer: int, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_mlp"]:
-        """Its neurons' activations."""
+        """Activations of the neurons of a layer's MLP."""
         m = self.model.blocks[layer].mlp
         pre = torch.addmm(m.b_in, self.normalised(resid).reshape(-1, resid.shape[-1]), m.W_in)
         return torch.nn.functional.gelu(pre, approximate="tanh").view(*resid.shape[:-1], -1)

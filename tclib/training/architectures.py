@@ -1,4 +1,4 @@
-"""How each architecture activates and is charged while it learns. At inference `Transcoder.activate` is enough."""
+"""Activation and sparsity penalty of each architecture in training. At inference `Transcoder.activate` is enough."""
 
 from __future__ import annotations
 

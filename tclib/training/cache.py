@@ -1,4 +1,4 @@
-"""Activations on disk, memory-mapped, for sweeps: the model runs once, training as often as one likes."""
+"""Memory-mapped activations on disk: the model runs once, and any number of trainings read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who learns from a batch of all layers: one layer's `Trainer` alone, or those of a cross-layer transcoder together.
+"""What steps on a batch of all layers: one layer's `Trainer`, or those of a cross-layer transcoder together.
 
 A cross-layer transcoder takes all its layers in one step, because their features write to the same outputs:
 
@@ -57,8 +57,8 @@ class CrossTrainer:
     def learn(self, batch: Pairs, step: int) -> dict[int, dict[str, float]]:
         """As `Trainer.step`, by layer; a layer's loss is its squared error and what its own features pay."""
         scaled = self.scaled(batch)
-        ramps = {layer: part.begin(step) for layer, part in self.parts.items()}
-        sums, z = self.gradients(scaled, ramps)
+        scales = {layer: part.begin(step) for layer, part in self.parts.items()}
+        sums, z = self.gradients(scaled, scales)
         return {
             layer: part.finish(sums[layer], z[layer], len(scaled[layer][0]), step) for layer, part in self.parts.items()
         }
@@ -71,16 +71,16 @@ class CrossTrainer:
         """Inputs and outputs of every layer as `Trainer.scaled` makes them."""
         return {layer: part.scaled(*batch[layer]) for layer, part in self.parts.items()}
 
-    def gradients(self, scaled: Pairs, ramps: Mapping[int, float]) -> tuple[Sums, dict[int, Tensor]]:
+    def gradients(self, scaled: Pairs, scales: Mapping[int, float]) -> tuple[Sums, dict[int, Tensor]]:
         """Fill ``grad`` of all layers; by layer, what `Trainer.gradients` gives."""
         skip = all(isinstance(part, SparseTrainer) and part.skips() for part in self.parts.values())
-        sums, z = (self._sparse if skip else self._dense)(scaled, ramps)
+        sums, z = (self._sparse if skip else self._dense)(scaled, scales)
         for layer, part in self.parts.items():
             if isinstance(part, SparseTrainer):
                 part.visited(z[layer] if skip else sums[layer][2], len(scaled[layer][0]))
         return sums, z
 
-    def _dense(self, scaled: Pairs, ramps: Mapping[int, float]) -> tuple[Sums, dict[int, Tensor]]:
+    def _dense(self, scaled: Pairs, scales: Mapping[int, float]) -> tuple[Sums, dict[int, Tensor]]:
         pre, z = {}, {}
         missed = {layer: part.target(*scaled[layer]) for layer, part in self.parts.items()}
         for layer, part in self.parts.items():
@@ -92,7 +92,7 @@ class CrossTrainer:
             self._subtract(missed, layer, written)
         squared = {layer: error.pow(2).sum() for layer, error in missed.items()}
         paid = {
-            layer: ramps[layer] * part.penalty(z[layer], pre[layer])
+            layer: scales[layer] * part.penalty(z[layer], pre[layer])
             + part.revival(pre[layer], self._beside(missed, layer).detach())
             for layer, part in self.parts.items()
         }
@@ -110,7 +110,7 @@ class CrossTrainer:
         return sums, {layer: value.detach() for layer, value in z.items()}
 
     @torch.no_grad()
-    def _sparse(self, scaled: Pairs, ramps: Mapping[int, float]) -> tuple[Sums, dict[int, Any]]:
+    def _sparse(self, scaled: Pairs, scales: Mapping[int, float]) -> tuple[Sums, dict[int, Any]]:
         parts = {layer: part for layer, part in self.parts.items() if isinstance(part, SparseTrainer)}
         missed = {layer: part.target(*scaled[layer]) for layer, part in parts.items()}
         found = {layer: part.forward(scaled[layer][0]) for layer, part in parts.items()}
@@ -121,7 +121,7 @@ class CrossTrainer:
             error = missed[layer].flatten()
             squared = error.dot(error)
             beside = self._beside(missed, layer)
-            paid, count = part.backward(found[layer], scaled[layer][0], beside, ramps[layer])
+            paid, count = part.backward(found[layer], scaled[layer][0], beside, scales[layer])
             sums[layer] = squared + paid, squared, count
         return sums, {layer: part.pairs for layer, part in found.items()}
 

@@ -151,7 +151,7 @@ def train_side_by_side(
 def _learners(
     trainers: Mapping[tuple[str, int], Trainer], configs: Mapping[str, Settings], layers: Sequence[int]
 ) -> list[tuple[str, Learner]]:
-    """Who learns by itself: each layer's trainer, or those of a cross-layer transcoder together."""
+    """Group the trainers that step together: one for each layer, or all of a cross-layer transcoder."""
     learners: list[tuple[str, Learner]] = []
     for name in configs:
         own = {layer: trainers[name, layer] for layer in layers}

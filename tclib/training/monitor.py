@@ -60,7 +60,7 @@ def curves(history: pd.DataFrame) -> Figure:
 
 
 class TensorBoard:
-    """Writes TensorBoard event files, for who has TensorBoard (``pip install tensorboard``); no account is needed.
+    """Write TensorBoard event files. Requires TensorBoard (``pip install tensorboard``) and no account.
 
     Raises:
         ValueError: TensorBoard is not installed.

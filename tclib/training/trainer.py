@@ -19,7 +19,7 @@ SMOOTHING = 0.9  # of the running mean that becomes BatchTopK's threshold
 
 
 def rates(config: TrainConfig, step: int) -> tuple[float, float]:
-    """Learning rate and ramp of the penalty at a step, as fractions of their full values."""
+    """Learning rate and sparsity coefficient at a step, as fractions of their full values."""
     done = step / config.steps
     lr = min(1.0, (done + 1 / config.steps) / max(config.warmup, 1e-9), (1 - done) / max(config.decay, 1e-9))
     return lr, min(1.0, done / max(config.sparsity_warmup, 1e-9))
@@ -97,10 +97,10 @@ class Trainer:
         return self.finish(*self.gradients(x, y, self.begin(step)), len(x), step)
 
     def begin(self, step: int) -> float:
-        """Set a step's learning rate and give its ramp of the penalty."""
-        lr, ramp = rates(self.config, step)
+        """Set a step's learning rate and return its share of the sparsity coefficient."""
+        lr, sparsity_scale = rates(self.config, step)
         self.adam.param_groups[0]["lr"] = self.config.lr * lr
-        return ramp
+        return sparsity_scale
 
     def finish(self, sums: tuple[Tensor, ...], z: Tensor, tokens: int, step: int) -> dict[str, float]:
         """After `gradients`: new weights and thresholds, and what the batch was like."""
@@ -115,7 +115,9 @@ class Trainer:
             loss, error, active = (distributed.total(torch.stack(sums).detach()) / n).tolist()
         return {"loss": loss, "fvu": error, "l0": active, "dead": self.dead().double().mean().item()}
 
-    def gradients(self, x: Tensor, y: Tensor, ramp: float = 1.0) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    def gradients(
+        self, x: Tensor, y: Tensor, sparsity_scale: float = 1.0
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """Fill ``grad`` with the gradients of the mean loss over the scaled tokens of all processes.
 
         Returns:
@@ -127,7 +129,7 @@ class Trainer:
             z = activate(t, pre, c)
             error = y - t.decode(z, x).to(y.dtype)
         squared = error.pow(2).sum()
-        loss = squared + ramp * self.penalty(z, pre) + self.revival(pre, error.detach())
+        loss = squared + sparsity_scale * self.penalty(z, pre) + self.revival(pre, error.detach())
         self.adam.zero_grad()
         (loss / (len(x) * distributed.world())).backward()
         for p in self.adam.param_groups[0]["params"]:
@@ -163,7 +165,7 @@ class Trainer:
 
     @torch.no_grad()
     def update(self) -> None:
-        """From gradients to new weights."""
+        """Update the weights from their gradients."""
         learning = self.adam.param_groups[0]["params"]
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(learning, self.config.clip)

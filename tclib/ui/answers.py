@@ -74,7 +74,7 @@ class Question:
 
     @property
     def rows(self) -> list[tuple[w.Widget, ...]]:
-        """For the controls of an explorer."""
+        """Rows of controls for an explorer."""
         return [self.fields, (w.HTML(f'<span style="color: {TEXT}">likeliest next tokens:</span>'), *self.likeliest)]
 
     def target(self, trace: Trace) -> Target:

@@ -17,7 +17,7 @@ from tclib.features.search import by_similarity
 from tclib.features.summary import Summary
 from tclib.inputs import bos_id, feature_of, whole
 from tclib.model import token_strings
-from tclib.plots import highlighted
+from tclib.plots import feature_name, highlighted
 from tclib.replacement_model import ReplacementModel
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
@@ -120,7 +120,7 @@ def card(traced: Trace, summary: Summary | None, layer: int, feature: int, index
     ends = pd.concat([lens.head(TOP), lens.tail(TOP)])
     promoted = bars([(shown(str(t)), v) for t, v in ends.items()], "tokens it promotes and suppresses", "logit lens")
     told = "" if summary is None else _told(traced.model, of_layer(summary, layer).iloc[feature], summary)
-    head = f'<div style="color: {TEXT}; line-height: 1.4"><b>mlp{layer}[{feature}]</b> {told}</div>'
+    head = f'<div style="color: {TEXT}; line-height: 1.4"><b>{feature_name(layer, feature)}</b> {told}</div>'
     seen = "" if summary is None else _examples(traced.model, summary, layer, feature)
     strength = "" if index is None else histogram_html(FeatureActivations(index, layer, feature))
     return f'{head}{seen}<div style="display: flex; flex-wrap: wrap">{promoted}{strength}</div>'
@@ -280,10 +280,10 @@ class Browser(Explorer):
         said = self._card(feature)
         if self.by.value != "similarity":
             self._list()
-        return f"mlp{layer}[{feature}] was chosen in another explorer. {said}"
+        return f"{feature_name(layer, feature)} was chosen in another explorer. {said}"
 
     def _card(self, feature: int) -> str:
         layer = self.layer.value
         self.card.value, self._shown = card(self.traced, self.summary, layer, feature, self.index), (layer, feature)
         fired = of_layer(self.summary, layer).loc[feature, "count"]
-        return "" if fired else f"mlp{layer}[{feature}] never fired: only its weights speak."
+        return "" if fired else f"{feature_name(layer, feature)} never fired: only its weights speak."

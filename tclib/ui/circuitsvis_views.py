@@ -11,15 +11,15 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
+from matplotlib.figure import Figure
 
 from tclib.plots import highlighted
+from tclib.ui.markup import picture
 
 _START = """<script>
 globalThis.tclibCircuitsVis ??= (async () => {
@@ -113,14 +113,12 @@ def _short(values) -> list:
 def _small_multiples(patterns: np.ndarray, names: Sequence[str]) -> str:
     columns = min(len(names), 6)
     rows = -(-len(names) // columns)
-    drawn, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.7 * rows), layout="constrained", squeeze=False)
+    drawn = Figure(figsize=(1.5 * columns, 1.7 * rows), dpi=70, layout="constrained")
+    axes = drawn.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, pattern, name in zip(axes.flat, patterns, names, strict=False):
         ax.imshow(pattern, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         ax.set_title(name, fontsize=8)
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=70, metadata={"Software": None})
-    plt.close(drawn)
     told = f"attention patterns of {', '.join(names)}: destinations down, sources across"
-    return f'<img alt="{told}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return picture(drawn, told, 105 * columns)

@@ -1,4 +1,7 @@
-"""Pieces of HTML that both themes of JupyterLab show and a screen reader can read: tables, bars, pictures."""
+"""Pieces of HTML that both themes of JupyterLab show and a screen reader can read: tables, bars, pictures.
+
+None is long enough for a template engine.
+"""
 
 from __future__ import annotations
 

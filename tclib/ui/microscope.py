@@ -9,7 +9,7 @@ import ipywidgets as w
 import pandas as pd
 
 from tclib.connections import logit_lens
-from tclib.plots import highlighted
+from tclib.plots import feature_name, highlighted
 from tclib.replacement_model import ReplacementModel
 from tclib.tracing import Trace, trace
 from tclib.ui.base import Explorer, prompt_field, replace_options
@@ -78,7 +78,7 @@ def feature_html(trace: Trace, layer: int, feature: int, position: int) -> str:
     scores = writes(trace, layer, feature, position)
     ends = pd.concat([scores.head(TOP), scores.tail(TOP)])
     rows = [(shown(str(token)), value) for token, value in ends.items()]
-    where = f"mlp{layer}[{feature}] at {position} {shown(trace.token_strings[position])}"
+    where = f"{feature_name(layer, feature)} at {position} {shown(trace.token_strings[position])}"
     strip = paper(highlighted(trace.token_strings, z))
     return f"{strip}{bars(rows, f'what {where} writes to the next token', 'logits on the direct path')}"
 
@@ -139,7 +139,7 @@ class Microscope(Explorer):
 
     def _follow(self) -> str:
         layer, feature = self.selected.feature
-        name, position = f"mlp{layer}[{feature}]", self.token.value
+        name, position = feature_name(layer, feature), self.token.value
         if not self.trace.features[layer][position, feature]:
             return f"{name} was chosen in another explorer; it is silent at {position}."
         self.layer.value = layer

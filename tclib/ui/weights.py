@@ -13,7 +13,7 @@ from tclib.connections import overlap
 from tclib.features.connect import incoming, strongest
 from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index
-from tclib.plots import NEGATIVE, POSITIVE
+from tclib.plots import NEGATIVE, POSITIVE, feature_name
 from tclib.transcoder import Transcoder
 from tclib.ui.base import Explorer, whole_number
 from tclib.ui.markup import bars, picture
@@ -101,7 +101,8 @@ class Weights(Explorer):
     def _follow(self) -> str:
         layer, feature = self.selected.feature
         if layer not in self.layer.options:
-            return f"mlp{layer}[{feature}] was chosen in another explorer; no earlier layer has features to drive it."
+            name = feature_name(layer, feature)
+            return f"{name} was chosen in another explorer; no earlier layer has features to drive it."
         self.layer.value, self.feature.value = layer, str(feature)
         return self._other_layer()
 
@@ -111,7 +112,7 @@ class Weights(Explorer):
         fired = FeatureActivations(self.index, layer, feature)
         table = rankings(fired, self.transcoders, source)
         self._shown = (layer, feature)
-        name = f"mlp{layer}[{feature}]"
+        name = feature_name(layer, feature)
         self.invariant.value = _ranked(table, "input_invariant", source, f"{name} by weights alone")
         if not fired.count:
             self.weighted.value = self.curve.value = ""
@@ -128,5 +129,5 @@ class Weights(Explorer):
 
 def _ranked(table: pd.DataFrame, by: str, source: int, caption: str) -> str:
     best = strongest(table.reset_index(), by, TOP)
-    names = [f"mlp{source}[{feature}]" for feature in best["feature"]]
+    names = [feature_name(source, feature) for feature in best["feature"]]
     return bars(list(zip(names, best[by], strict=True)), caption, by.replace("_", " "))

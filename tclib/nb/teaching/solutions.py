@@ -1,4 +1,4 @@
-"""Ours, for the exercises whose answer the rest of a notebook uses: what it computes with while they are open.
+"""Reference solutions of the exercises whose answer the rest of a notebook uses, for as long as they are open.
 
 The same lines are folded below each task.
 """

@@ -94,8 +94,8 @@ class Screen:
     def load(
         self, weights: Float[Tensor, "d_features d_in"], bias: Float[Tensor, " d_features"]
     ) -> tuple[Float[Tensor, "d_features 2"], Float[Tensor, " d_features"]]:
-        """Take over weights, bias and bound. Gives by how much a product may exceed the true one at most: the first
-        times the two lengths of `_inputs`, plus the second."""
+        """Load weights, bias and bound; return the coefficients of the largest error of a product: the first times
+        the two lengths of `_inputs`, plus the second."""
         raised, d, sums = self.raised, weights.shape[1], 4 * self.width * 2.0**-24
         length, lost = _rounded(weights, raised[:, :d])
         high = bias.bfloat16()

@@ -65,7 +65,7 @@ class SparseTrainer(Trainer):
     def screen(self) -> Screen:
         return Screen(*self.transcoder.W_enc.T.shape)
 
-    def gradients(self, x: Tensor, y: Tensor, ramp: float = 1.0) -> tuple[tuple[Tensor, ...], Tensor | Pairs]:
+    def gradients(self, x: Tensor, y: Tensor, sparsity_scale: float = 1.0) -> tuple[tuple[Tensor, ...], Tensor | Pairs]:
         """As `Trainer.gradients`; a sparse step gives the activations as pairs, with values ``z``."""
         if self.skips():
             with torch.no_grad():
@@ -74,10 +74,10 @@ class SparseTrainer(Trainer):
                 if self.transcoder.W_skip is not None:
                     error -= x @ self.transcoder.W_skip
                 squared = error.flatten().dot(error.flatten())
-                paid, count = self.backward(found, x, error, ramp)
+                paid, count = self.backward(found, x, error, sparsity_scale)
             sums, z = (squared + paid, squared, count), found.pairs
         else:
-            sums, z = super().gradients(x, y, ramp)
+            sums, z = super().gradients(x, y, sparsity_scale)
         self.visited(z if isinstance(z, Pairs) else sums[2], len(x))
         return sums, z
 
@@ -135,7 +135,9 @@ class SparseTrainer(Trainer):
             pairs, pre = Pairs.of(key, len(W), len(x)), pre[order]
         return _kept(pairs, pre, pre > floor[pairs.feature])
 
-    def backward(self, found: Found, x: Tensor, error: Float[Tensor, "token width"], ramp: float) -> tuple[Tensor, ...]:
+    def backward(
+        self, found: Found, x: Tensor, error: Float[Tensor, "token width"], sparsity_scale: float
+    ) -> tuple[Tensor, ...]:
         """Fill ``grad``, given the errors of all that the features write to, side by side.
 
         Returns:
@@ -158,11 +160,11 @@ class SparseTrainer(Trainer):
         dz = pairs.dots(W_dec, r)  # dL/dz
         if t.threshold is not None and c.activation == "jumprelu":
             window = (pre - threshold).abs() < c.bandwidth / 2
-            through = (threshold * dz + share * ramp * c.l0_coefficient) * window / -c.bandwidth
+            through = (threshold * dz + share * sparsity_scale * c.l0_coefficient) * window / -c.bandwidth
             _grad(t.threshold).zero_().index_add_(0, pairs.feature, through)
-            loss += ramp * c.l0_coefficient * count
+            loss += sparsity_scale * c.l0_coefficient * count
         if c.activation == "relu":
-            cost = ramp * c.l1_coefficient * (torch.ones_like(t.b_enc) if c.unit_norm else lengths(t))
+            cost = sparsity_scale * c.l1_coefficient * (torch.ones_like(t.b_enc) if c.unit_norm else lengths(t))
             loss += (cost[pairs.feature] * z).sum()
             dz += share * cost[pairs.feature]
         dz *= z > 0

@@ -17,7 +17,7 @@ from tclib.tracing import Trace
 def invariant(answer: Callable[[Tensor, Tensor], float]) -> None:
     """Exercise 04.1, the input-invariant factor from ``f_dec, f_enc``.
 
-    Expected: a little of ``f_dec`` added to a random stream, LayerNorm computed with its scale held, then read.
+    Expected: a little of ``f_dec`` added to a random stream, LayerNorm computed with its scale frozen, then read.
     """
     x, f_dec, f_enc = random((6,), (6,), (6,))
     f_dec, f_enc = f_dec + 0.5, f_enc + 1.0  # means that are far from zero

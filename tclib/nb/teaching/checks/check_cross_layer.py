@@ -75,7 +75,7 @@ def cross_removal(answer: Callable[[], float] | float, trace: Trace, source: pd.
     """Exercise 12.3, the change of a later feature's pre-activation when an earlier one at its position is taken out.
 
     ``source`` is a row of an attribution table of that pre-activation. Expected: the model is run without the feature,
-    in all its writes, with patterns, scales, values and MLPs held.
+    in all its writes, with patterns, scales, values and MLPs frozen.
     """
     at, feature, position = (int(source[name]) for name in ("layer", "feature", "position"))
     part, reader = trace.transcoders[at], trace.transcoders[layer].W_enc[:, index]

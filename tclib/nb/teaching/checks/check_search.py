@@ -13,6 +13,7 @@ from torch import Tensor
 from tclib import interventions
 from tclib.model import to_token
 from tclib.nb.teaching.verdict import call, judge, reject
+from tclib.plots import feature_name
 from tclib.tracing import Trace
 
 
@@ -112,10 +113,10 @@ def removal(answer: Callable[[], float] | float, trace: Trace, later: str, earli
     """Exercise 04b.2, the change of ``logit(later) - logit(earlier)`` when one feature is taken out.
 
     ``source`` is a row of an attribution table. Expected: the model is run without the feature, with patterns, scales,
-    values and MLPs held.
+    values and MLPs frozen.
     """
     layer, feature, position = (int(source[name]) for name in ("layer", "feature", "position"))
-    tried = f"the model run without mlp{layer}[{feature}], with everything held that attribution holds"
+    tried = f"the model run without {feature_name(layer, feature)}, with everything frozen that attribution freezes"
     ids = [to_token(trace.model, word) for word in (later, earlier)]
     removed = interventions.set_features(layer, trace.transcoders[layer], [feature], 0.0, position)
 
@@ -124,8 +125,8 @@ def removal(answer: Callable[[], float] | float, trace: Trace, later: str, earli
         return float(logits[ids[0]] - logits[ids[1]])
 
     whole = difference([])
-    held = interventions.freeze(trace.cache, ["patterns", "scales", "values", "mlps"])
-    measured = difference(held + removed) - whole
+    frozen = interventions.freeze(trace.cache, ["patterns", "scales", "values", "mlps"])
+    measured = difference(frozen + removed) - whole
     mistakes = {
         "the sign: what a feature adds is lost when it goes": -measured,
         "that is the answer that remains; its change is wanted": whole + measured,

@@ -1,0 +1,60 @@
+"""A model with its transcoders: what is refused when they are joined, and that joining changes nothing."""
+
+import pytest
+import torch
+
+import tclib as tc
+from tests.tiny import make_model, make_transcoder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def sae(layer: int) -> tc.Transcoder:
+    made = make_transcoder(layer)
+    made.config = made.config.model_copy(update={"hook_out": made.config.hook_in})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("transcoders", "sentence"),
+    [
+        (lambda: {7: make_transcoder(0)}, "layer 7 is outside the model"),
+        (lambda: {1: make_transcoder(0)}, "a transcoder of this layer reads blocks.1"),
+        (lambda: {0: make_transcoder(0, d_model=16)}, "reads width 16 .* this model has width 32"),
+        (lambda: {0: make_transcoder(0).to(torch.float64)}, "is in torch.float64, but the model computes in"),
+        (lambda: {0: make_transcoder(0).to("meta")}, "layer 0 is on meta, but the model is on cpu"),
+        (lambda: {0: make_transcoder(0, n_writes=2)}, "the set has no part for layer 1"),
+        (lambda: {0: make_transcoder(0, n_writes=1), 1: make_transcoder(1)}, "give one kind"),
+    ],
+)
+def test_what_does_not_fit_is_refused_when_it_is_joined(model, transcoders, sentence):
+    with pytest.raises(ValueError, match=sentence) as refused:
+        tc.ReplacementModel(model, transcoders())
+    assert "\n" not in str(refused.value)
+
+
+def test_joining_changes_nothing_and_a_part_is_a_replacement_model_too(model):
+    tokens = torch.tensor([[40, 1, 2, 3]])
+    before = model(tokens)
+    given = {0: make_transcoder(0), 1: make_transcoder(1)}
+    both = tc.ReplacementModel(model, given)
+    assert torch.equal(model(tokens), before) and both.model is model
+    del given[1]  # the caller's dictionary is the caller's
+    assert list(both.transcoders) == [0, 1] and list(both.only([1]).transcoders) == [1]
+    assert both.feature(1, 5) == 5
+    with pytest.raises(ValueError, match="layer 1 has no transcoder"):
+        both.only([0]).feature(1, 5)
+    with pytest.raises(ValueError, match="layer 2 has no transcoder: layers .0, 1. have one"):
+        both.only([2])
+
+
+def test_an_sae_is_compared_but_not_traced(model):
+    replacement = tc.ReplacementModel(model, {0: sae(0)})
+    rows = torch.randint(0, 40, (4, 8), generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = 40
+    assert tc.evaluate(replacement, rows)["fvu"].notna().all()
+    with pytest.raises(ValueError, match="a transcoder of this layer reads"):
+        tc.trace(replacement, rows[0], check_fit=False)
