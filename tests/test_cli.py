@@ -405,7 +405,9 @@ def test_a_signal_ends_a_run_and_its_kernels_and_keeps_what_is_finished(repo, tm
     for path, pid in zip(sorted((repo / "notebooks").glob("*.ipynb"))[1:], pids, strict=True):
         cells = [*GOOD, waiting.format(str(pid))]
         path.write_text(json.dumps(notebook_dict(cells, {1: "parameters"})), encoding="utf-8")
-    code = "import sys; from pathlib import Path; from tclib.cli import run\n"
+    # A shell starts its background jobs, this test perhaps among them, with SIGINT ignored.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from pathlib import Path; from tclib.cli import run\n"
     code += f"sys.exit(run.run(['--name', 'cut'], Path({str(repo)!r})))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"

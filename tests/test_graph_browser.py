@@ -1,6 +1,6 @@
 """A graph to work with, in a real browser: as a page, in JupyterLab with a kernel, and with a file by circuit-tracer.
 
-Needs what `tests/test_explorers_browser.py` needs. The file is made in an environment with circuit-tracer 0.5, whose
+Needs what `tests/test_ui_browser.py` needs. The file is made in an environment with circuit-tracer 0.5, whose
 Python is named by the variable CIRCUIT_TRACER_PYTHON; without it that test is skipped. Pictures are in build/screens/.
 """
 
@@ -18,7 +18,7 @@ import tclib as tc
 from tclib import ui
 from tclib.ui.graph_page import cards, page_html
 from tests import peer_graph
-from tests.test_explorers_browser import (  # noqa: F401
+from tests.test_ui_browser import (  # noqa: F401
     FAINTEST,
     PROMPT,
     SCREENS,

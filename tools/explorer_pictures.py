@@ -1,7 +1,7 @@
 """Photograph the explorers of notebook 08 into docs/pictures/: `python tools/explorer_pictures.py`.
 
 On the web a notebook has no kernel and its explorers are blank, so a picture of each stands beside its cell. The page
-is that of `python -m tclib explore`. Needs Chromium and playwright, as tests/test_explorers_browser.py does.
+is that of `python -m tclib explore`. Needs Chromium and playwright, as tests/test_ui_browser.py does.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`make explore` in a real browser: nothing is asked of another machine, and kernels of closed pages end.
 
-Needs what tests/test_explorers_browser.py needs, and is skipped without it.
+Needs what tests/test_ui_browser.py needs, and is skipped without it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.test_explorers_browser import browser, changes, comes, drawn, free_port, serving  # noqa: F401  (a fixture)
+from tests.test_ui_browser import browser, changes, comes, drawn, free_port, serving  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.slow
 
