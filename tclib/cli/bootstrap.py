@@ -152,7 +152,7 @@ def install(repo, python):
         # Only torch comes from there, and the pinned versions of what it needs may be missing
         # there: the second step installs those.
         pip(repo, python, ["--no-deps", "--index-url", index, torch_pin(repo)])
-    pip(repo, python, ["-c", "constraints.txt", "-e", ".[gguf,notebooks,test]"])
+    pip(repo, python, ["-c", "constraints.txt", "-e", ".[gguf,notebooks,teaching,test,ui]"])
 
 
 def torch_pin(repo):

@@ -93,7 +93,7 @@ def bundle(arguments: Sequence[str], repo: Path = REPO) -> int:
     backend = tomllib.loads((repo / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
     wheel = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--wheel-dir", str(folder)]
     steps = [[*wheel, "--no-deps", "--index-url", index, torch_pin(repo)]] if index else []
-    everything = [".[gguf,notebooks,test]", *backend, "editables", "pip", "setuptools", "wheel"]
+    everything = [".[gguf,notebooks,teaching,test,ui]", *backend, "editables", "pip", "setuptools", "wheel"]
     steps.append([*wheel, "--find-links", str(folder), "-c", "constraints.txt", *everything])
     for step in steps:
         status = subprocess.call(step, cwd=repo)

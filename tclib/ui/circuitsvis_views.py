@@ -64,7 +64,7 @@ def bundle() -> View:
     try:
         import circuitsvis
     except ImportError:
-        raise ValueError("circuitsvis is not installed: install tclib[notebooks], or use the static views") from None
+        raise ValueError("circuitsvis is not installed: install tclib[ui], or use the static views") from None
     code = (Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js").read_bytes()
     code = code.replace(b"//# sourceMappingURL=iife.js.map", b"")
     return View(_START % base64.b64encode(gzip.compress(code, 9, mtime=0)).decode())
