@@ -38,8 +38,8 @@ class ScoreTerms:
     """
 
     name: str
-    query: Sources
-    key: Sources
+    query: ScoreSources
+    key: ScoreSources
     value: float
     scores: Float[Tensor, " key"]
     weights: Float[Tensor, " key"]
@@ -102,7 +102,7 @@ class ScoreTerms:
 
 
 @dataclass(frozen=True)
-class Sources:
+class ScoreSources:
     """One side's sources. The table's ``contribution`` is summed over all sources of the other side."""
 
     table: pd.DataFrame  # its index is the row number of the tensors
@@ -176,10 +176,10 @@ def _terms(trace, layer, head, here, name: str, weights: Tensor, moved: Tensor, 
     query = read(trace, layer, head, "query", seen[-1:])[0] * score_scale(trace, layer)
     collected = Collected(trace, layer, head, "query", seen[-1:])
     q = collected.vectors(torch.ones_like(weights[:1]))
-    query_side = Sources(_contributing(collected.table, q @ (weights @ keys)), q, q @ keys.T)
+    query_side = ScoreSources(_contributing(collected.table, q @ (weights @ keys)), q, q @ keys.T)
     collected = Collected(trace, layer, head, "key", seen)
     k = collected.vectors(weights) * score_scale(trace, layer)
-    key_side = Sources(_contributing(collected.table, k @ q.sum(0)), k, collected.scores(query))
+    key_side = ScoreSources(_contributing(collected.table, k @ q.sum(0)), k, collected.scores(query))
     scores = _scores(trace, layer, head, seen, here)
     value = (weights @ scores).item()
     _check(name, q, k, value, (weights * scores).abs().sum().item())

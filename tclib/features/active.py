@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float16, Int32
 from torch import Tensor
 
-from tclib.training.fast.pairs import Pairs as Product
+from tclib.training.fast.pairs import Pairs
 from tclib.training.fast.screening import CHUNK, Screen, bfloat16_hardware
 from tclib.transcoder import Transcoder
 
@@ -18,7 +18,7 @@ SCREENED_FROM = 2**22  # encoder weights; below, the plain product costs next to
 
 
 @dataclass(frozen=True)
-class Pairs:
+class ActivePairs:
     """Active pairs. Those of one feature stand in the order of their tokens."""
 
     tokens: Int32[np.ndarray, " pair"]
@@ -43,7 +43,7 @@ class ActiveFinder:
             self.screen = _FixedScreen(*self.rows.shape)
 
     @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "token d_in"]) -> Pairs:
+    def __call__(self, x: Float[Tensor, "token d_in"]) -> ActivePairs:
         """The active pairs of a batch of inputs.
 
         Raises:
@@ -52,13 +52,13 @@ class ActiveFinder:
         tokens, features, values = (self._screened if self.screen and len(x) else self._plain)(x)
         if len(values) and not values.max() <= LARGEST:
             raise ValueError(f"an activation of {values.max():.3g} does not fit float16, which ends at {LARGEST:.0f}")
-        return Pairs(tokens.astype(np.int32), features.astype(np.int32), values.astype(np.float16))
+        return ActivePairs(tokens.astype(np.int32), features.astype(np.int32), values.astype(np.float16))
 
     def _screened(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         t = self.transcoder
         floor = torch.zeros_like(t.b_enc) if t.threshold is None else t.threshold.clamp(min=0)
         assert self.screen is not None
-        found = Product.of(self.screen(x, self.rows, t.b_enc, floor).sort().values, len(self.rows), len(x))
+        found = Pairs.of(self.screen(x, self.rows, t.b_enc, floor).sort().values, len(self.rows), len(x))
         values = found.dots(self.rows, x) + t.b_enc[found.feature]
         above = values > floor[found.feature]
         return found.token[above].numpy(), found.feature[above].numpy(), values[above].numpy()

@@ -25,7 +25,7 @@ from tclib.training.fast.sparse_step import SparseTrainer
 from tclib.training.trainer import Trainer
 from tclib.transcoder import Transcoder
 
-Pairs = dict[int, tuple[Float[Tensor, "token d_in"], Float[Tensor, "token d_out"]]]
+Batch = dict[int, tuple[Float[Tensor, "token d_in"], Float[Tensor, "token d_out"]]]
 Sums = dict[int, tuple[Tensor, Tensor, Tensor]]
 
 
@@ -35,11 +35,11 @@ class SingleTrainer:
     def __init__(self, trainer: Trainer):
         self.trainer, self.parts = trainer, {trainer.layer: trainer}
 
-    def learn(self, batch: Pairs, step: int) -> dict[int, dict[str, float]]:
+    def learn(self, batch: Batch, step: int) -> dict[int, dict[str, float]]:
         """`Trainer.step`, by layer."""
         return {layer: self.trainer.step(*batch[layer], step) for layer in self.parts}
 
-    def try_out(self, batch: Pairs) -> None:
+    def try_out(self, batch: Batch) -> None:
         """Forward and backward, without learning."""
         self.trainer.gradients(*self.trainer.scaled(*batch[self.trainer.layer]))
 
@@ -54,7 +54,7 @@ class CrossTrainer:
     def __init__(self, parts: Mapping[int, Trainer]):
         self.parts = dict(sorted(parts.items()))
 
-    def learn(self, batch: Pairs, step: int) -> dict[int, dict[str, float]]:
+    def learn(self, batch: Batch, step: int) -> dict[int, dict[str, float]]:
         """As `Trainer.step`, by layer; a layer's loss is its squared error and what its own features pay."""
         scaled = self.scaled(batch)
         scales = {layer: part.begin(step) for layer, part in self.parts.items()}
@@ -63,15 +63,15 @@ class CrossTrainer:
             layer: part.finish(sums[layer], z[layer], len(scaled[layer][0]), step) for layer, part in self.parts.items()
         }
 
-    def try_out(self, batch: Pairs) -> None:
+    def try_out(self, batch: Batch) -> None:
         """Forward and backward, without learning."""
         self.gradients(self.scaled(batch), dict.fromkeys(self.parts, 1.0))
 
-    def scaled(self, batch: Pairs) -> Pairs:
+    def scaled(self, batch: Batch) -> Batch:
         """Inputs and outputs of every layer as `Trainer.scaled` makes them."""
         return {layer: part.scaled(*batch[layer]) for layer, part in self.parts.items()}
 
-    def gradients(self, scaled: Pairs, scales: Mapping[int, float]) -> tuple[Sums, dict[int, Tensor]]:
+    def gradients(self, scaled: Batch, scales: Mapping[int, float]) -> tuple[Sums, dict[int, Tensor]]:
         """Fill ``grad`` of all layers; by layer, what `Trainer.gradients` gives."""
         skip = all(isinstance(part, SparseTrainer) and part.skips() for part in self.parts.values())
         sums, z = (self._sparse if skip else self._dense)(scaled, scales)
@@ -80,7 +80,7 @@ class CrossTrainer:
                 part.visited(z[layer] if skip else sums[layer][2], len(scaled[layer][0]))
         return sums, z
 
-    def _dense(self, scaled: Pairs, scales: Mapping[int, float]) -> tuple[Sums, dict[int, Tensor]]:
+    def _dense(self, scaled: Batch, scales: Mapping[int, float]) -> tuple[Sums, dict[int, Tensor]]:
         pre, z = {}, {}
         missed = {layer: part.target(*scaled[layer]) for layer, part in self.parts.items()}
         for layer, part in self.parts.items():
@@ -110,7 +110,7 @@ class CrossTrainer:
         return sums, {layer: value.detach() for layer, value in z.items()}
 
     @torch.no_grad()
-    def _sparse(self, scaled: Pairs, scales: Mapping[int, float]) -> tuple[Sums, dict[int, Any]]:
+    def _sparse(self, scaled: Batch, scales: Mapping[int, float]) -> tuple[Sums, dict[int, Any]]:
         parts = {layer: part for layer, part in self.parts.items() if isinstance(part, SparseTrainer)}
         missed = {layer: part.target(*scaled[layer]) for layer, part in parts.items()}
         found = {layer: part.forward(scaled[layer][0]) for layer, part in parts.items()}
