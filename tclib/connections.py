@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from tclib.activations import hook_in, norm_after, passes
 from tclib.blocks import Block, embeddings
 from tclib.inputs import check_layers, check_tokens
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.targets import Target
 from tclib.tracing import Trace
 from tclib.transcoder import Transcoder
@@ -170,7 +170,7 @@ def data_weighted(
     Raises:
         ValueError: layers, feature or tokens that do not fit, an SAE, or a target that never fires on this text.
     """
-    model, transcoders = replacement.model, replacement.transcoders
+    model, transcoders = joined(replacement).model, replacement.transcoders
     check_layers(model, [source_layer, target_layer])
     if source_layer >= target_layer or not {source_layer, target_layer} <= transcoders.keys():
         raise ValueError(f"layers {source_layer} and {target_layer}: the earlier one first, both with a transcoder")

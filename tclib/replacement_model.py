@@ -25,14 +25,19 @@ class ReplacementModel:
     An SAE of either side of an MLP is taken too, for what compares dictionaries; what needs transcoders says so.
 
     Raises:
-        ValueError: a layer that the model does not have; other widths, hooks, precision or device than the model's; or
-            a cross-layer transcoder of which layers are missing.
+        ValueError: no model of TransformerLens, or no transcoders by layer; a layer that the model does not have; other
+            widths, hooks, precision or device than the model's; or a cross-layer transcoder with layers missing.
     """
 
     model: TransformerBridge
     transcoders: Mapping[int, Transcoder]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, TransformerBridge):
+            raise ValueError(f"the model is of type {type(self.model).__name__}: give what tc.load_model gives")
+        if not isinstance(self.transcoders, Mapping):
+            kind = type(self.transcoders).__name__
+            raise ValueError(f"the transcoders are of type {kind}: give them by layer, as tc.load_transcoders does")
         object.__setattr__(self, "transcoders", dict(self.transcoders))
         for layer, transcoder in self.transcoders.items():
             check_belongs(self.model, layer, transcoder, saes=True)
@@ -59,6 +64,18 @@ class ReplacementModel:
             check_belongs(self.model, layer, transcoder)
 
 
+def joined(replacement: ReplacementModel) -> ReplacementModel:
+    """What a function was given, if it is a model that has been joined with its transcoders.
+
+    Raises:
+        ValueError: it is something else, a model alone for example.
+    """
+    if not isinstance(replacement, ReplacementModel):
+        kind = type(replacement).__name__
+        raise ValueError(f"this needs a model and its transcoders, not {kind}: tc.ReplacementModel(model, transcoders)")
+    return replacement
+
+
 def check_belongs(model: TransformerBridge, layer: int, transcoder: Transcoder, saes: bool = False) -> None:
     """Refuse a transcoder of other widths, layers or hooks than this model's MLPs.
 
@@ -66,6 +83,9 @@ def check_belongs(model: TransformerBridge, layer: int, transcoder: Transcoder, 
 
     Args:
         saes: an SAE of either side of the MLP will do as well.
+
+    Raises:
+        ValueError: it does not belong there; widths or hooks are named.
     """
     config = transcoder.config
     whole("layer", layer, model.cfg.n_layers, "the model")

@@ -18,7 +18,7 @@ from tclib.blocks import Block, Norm
 from tclib.inputs import check_tokens, from_end, whole, words
 from tclib.interventions import edited
 from tclib.model import to_tokens, token_strings
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.transcoder import Transcoder, imitation
 
 # Where a number is read: what attention reads (after ln1), a transcoder (after ln2), the unembedding (after ln_final).
@@ -206,7 +206,7 @@ def trace(replacement: ReplacementModel, prompt: str | Int[Tensor, " pos"], chec
         ValueError: an empty or too long prompt, or tokens that do not fit (see `tclib.inputs.check_tokens`); an SAE, or
             a transcoder whose outputs do not fit the model.
     """
-    replacement.need_transcoders()
+    joined(replacement).need_transcoders()
     model, transcoders = replacement.model, replacement.transcoders
     tokens = to_tokens(model, prompt) if isinstance(prompt, str) else prompt
     tokens = check_tokens(model, tokens, "the prompt", rows=False).to(model.cfg.device)

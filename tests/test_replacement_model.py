@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import tclib as tc
+from tclib import evaluation, ui
+from tclib.features import build_index
+from tclib.features.naming import Names
 from tests.tiny import make_model, make_transcoder
 
 
@@ -33,6 +36,30 @@ def sae(layer: int) -> tc.Transcoder:
 def test_what_does_not_fit_is_refused_when_it_is_joined(model, transcoders, sentence):
     with pytest.raises(ValueError, match=sentence) as refused:
         tc.ReplacementModel(model, transcoders())
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("ask", "sentence"),
+    [
+        (
+            lambda model, rows: tc.ReplacementModel(model, make_transcoder(0)),
+            "are of type Transcoder: give them by layer",
+        ),
+        (lambda model, rows: tc.ReplacementModel(model, None), "are of type NoneType: give them by layer"),
+        (lambda model, rows: tc.ReplacementModel("gpt2", {}), "of type str: give what tc.load_model gives"),
+        (lambda model, rows: tc.trace(model, rows[0]), "a model and its transcoders, not TransformerBridge"),
+        (lambda model, rows: tc.evaluate(model, rows), "a model and its transcoders, not TransformerBridge"),
+        (lambda model, rows: evaluation.measure(model, rows), "a model and its transcoders, not TransformerBridge"),
+        (lambda model, rows: build_index(model, rows, "nowhere"), "a model and its transcoders, not TransformerBridge"),
+        (lambda model, rows: ui.Browser(model, None), "a model and its transcoders, not TransformerBridge"),
+        (lambda model, rows: ui.Lab(model), "a model and its transcoders, not TransformerBridge"),
+        (lambda model, rows: Names(model, rows), "a model and its transcoders, not TransformerBridge"),
+    ],
+)
+def test_something_else_than_both_gets_one_sentence(model, ask, sentence):
+    with pytest.raises(ValueError, match=sentence) as refused:
+        ask(model, torch.tensor([[40, 1, 2, 3]]))
     assert "\n" not in str(refused.value)
 
 

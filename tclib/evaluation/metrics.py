@@ -34,7 +34,7 @@ from tclib.evaluation.faithfulness import accumulate, check_text, numbered
 from tclib.evaluation.stats import Sums, bootstrap_weights
 from tclib.inputs import check_layers, words
 from tclib.interventions import Hook, ablate_mlp, reencode_input, replace_mlp, replace_mlps
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.transcoder import Transcoder, imitation, is_cross_layer
 
 Groups = Mapping[Any, Sequence[int]]  # by layer, or by name
@@ -116,7 +116,7 @@ def evaluate(
     Raises:
         ValueError: as `measure`.
     """
-    singles = {layer: [layer] for layer in replacement.transcoders}
+    singles = {layer: [layer] for layer in joined(replacement).transcoders}
     m = measure(replacement, tokens, batch_size, singles, replicates=replicates)
     return m.layers.merge(m.groups, on=["layer", "replicate"] if replicates else "layer")
 
@@ -146,7 +146,7 @@ def replacement_hooks(layer: int, dictionary: Transcoder) -> list[Hook]:
 
 def check(replacement: ReplacementModel, tokens: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
     """The text as int64; raises one sentence for anything that would make the numbers meaningless."""
-    tokens = check_text(replacement.model, tokens)
+    tokens = check_text(joined(replacement).model, tokens)
     check_layers(replacement.model, list(replacement.transcoders))
     for layer, transcoder in replacement.transcoders.items():
         for name, weight in transcoder.named_parameters():

@@ -26,7 +26,7 @@ from tclib.features.active import ActiveFinder
 from tclib.features.index import DTYPES, FLAT, FORMAT, ArrayFile, Index, blocks, fingerprint, finish, new_folder
 from tclib.inputs import bos_id, words
 from tclib.interventions import edited
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.text import text_hash
 
 BATCH_ROWS = 16
@@ -235,7 +235,7 @@ def check_input(replacement: ReplacementModel, tokens: Int[Tensor, "row pos"]) -
     Raises:
         ValueError: no text, more than positions can count, or no transcoder.
     """
-    if not replacement.transcoders:
+    if not joined(replacement).transcoders:
         raise ValueError("there is no transcoder to index: give at least one layer")
     tokens = check(replacement, tokens)
     if tokens.numel() >= 2**31:

@@ -21,7 +21,7 @@ from tclib.evaluation.metrics import check
 from tclib.inputs import words
 from tclib.model import token_string
 from tclib.plots import feature_name
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 
 EXAMPLES = 40  # strongest activations from which a name is made
 ENOUGH = 0.6  # share of their activation that a name has to cover
@@ -45,7 +45,7 @@ class Names:
     """
 
     def __init__(self, replacement: ReplacementModel, tokens: Int[Tensor, "row pos"]) -> None:
-        self.model, self.transcoders, self.tokens = replacement.model, replacement.transcoders, tokens
+        self.model, self.transcoders, self.tokens = joined(replacement).model, replacement.transcoders, tokens
         self._strings: dict[int, str] = {}
         self._strongest = strongest(replacement, tokens)
 

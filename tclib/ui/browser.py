@@ -18,7 +18,7 @@ from tclib.features.summary import Summary
 from tclib.inputs import bos_id, feature_of, whole
 from tclib.model import token_strings
 from tclib.plots import feature_name, highlighted
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
 from tclib.ui.base import Explorer, replace_options, whole_number
@@ -195,7 +195,7 @@ class Browser(Explorer):
         self.index = index
         if selected:  # which may have been made before there was a summary
             selected.summary, selected.index = summary, index
-        self.replacement, self.summary = replacement, summary
+        self.replacement, self.summary = joined(replacement), summary
         self.traced = trace(replacement, torch.tensor([bos_id(replacement.model) or 0]))
         short = w.Layout(width="200px")
         layers = sorted(replacement.transcoders)

@@ -19,7 +19,7 @@ from tclib.circuits.neuronpedia import graph_json, node_ids
 from tclib.circuits.pruning import influence, prune
 from tclib.features.naming import Names
 from tclib.model import to_tokens, token_strings
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.targets import Target
 from tclib.tracing import Trace, trace
 from tclib.ui.answers import Question, next_tokens
@@ -54,7 +54,7 @@ class Editor(Explorer):
         token: the answer to explain, rather than ``other`` if that is given; empty explains the likeliest next tokens.
         names: names of the features, and the text that their cards quote; without it they have their numbers.
         """
-        self.replacement, self.model, self.names = replacement, replacement.model, names
+        self.replacement, self.model, self.names = joined(replacement), replacement.model, names
         # A name that says nothing is none: then the number stands there.
         self._name = cache(
             lambda *feature: "" if names is None or (name := names(*feature)) in ("various", "silent") else name

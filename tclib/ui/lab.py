@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tclib.inputs import check_layers
 from tclib.plots import NEGATIVE, POSITIVE
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.tasks import greater_than as gt
 from tclib.tasks.unit_sweep import keep_units, rank_units
 from tclib.transcoder import Transcoder
@@ -79,7 +79,7 @@ class Lab(Explorer):
         centuries: Sequence[int] = gt.CENTURIES,
         layer: int | None = None,
     ):
-        self.model, self.transcoders, self._known = replacement.model, replacement.transcoders, {}
+        self.model, self.transcoders, self._known = joined(replacement).model, replacement.transcoders, {}
         short = w.Layout(width="190px")
         layer = max(self.transcoders) if layer is None else layer
         self.noun: Any = w.Dropdown(options=list(nouns), description="noun", layout=short)

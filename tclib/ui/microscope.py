@@ -10,7 +10,7 @@ import pandas as pd
 
 from tclib.connections import logit_lens
 from tclib.plots import feature_name, highlighted
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.tracing import Trace, trace
 from tclib.ui.base import Explorer, prompt_field, replace_options
 from tclib.ui.markup import FAINT, LINE, TEXT, bars, paper, shown
@@ -98,7 +98,7 @@ class Microscope(Explorer):
         prompt: str,
         selected: Selected | None = None,
     ):
-        self.replacement = replacement
+        self.replacement = joined(replacement)
         self.prompt = prompt_field(prompt)
         self.token: Any = w.SelectionSlider(options=[("0", 0)], description="token", layout=w.Layout(width="360px"))
         layers = [(f"mlp{layer}", layer) for layer in sorted(replacement.transcoders)]

@@ -7,7 +7,7 @@ import torch
 import traitlets
 
 from tclib.inputs import bos_id
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.tracing import trace
 from tclib.ui.browser import card
 
@@ -21,7 +21,7 @@ class Selected(traitlets.HasTraits):
 
     def __init__(self, replacement: ReplacementModel):
         super().__init__()
-        self._traced = trace(replacement, torch.tensor([bos_id(replacement.model) or 0]))
+        self._traced = trace(replacement, torch.tensor([bos_id(joined(replacement).model) or 0]))
         self.card = w.HTML()
 
     def choose(self, layer: int, feature: int) -> None:
