@@ -5,8 +5,9 @@ import torch
 
 import tclib as tc
 from tclib import evaluation, ui
-from tclib.features import build_index
+from tclib.features import build_index, load_summary
 from tclib.features.naming import Names
+from tclib.tasks import gated_circuit
 from tests.tiny import make_model, make_transcoder
 
 
@@ -54,6 +55,8 @@ def test_what_does_not_fit_is_refused_when_it_is_joined(model, transcoders, sent
         (lambda model, rows: build_index(model, rows, "nowhere"), "a model and its transcoders, not TransformerBridge"),
         (lambda model, rows: ui.Browser(model, None), "a model and its transcoders, not TransformerBridge"),
         (lambda model, rows: ui.Lab(model), "a model and its transcoders, not TransformerBridge"),
+        (lambda model, rows: gated_circuit.Gated(model, None), "a model and its transcoders, not TransformerBridge"),
+        (lambda model, rows: load_summary(model), "a model and its transcoders, not TransformerBridge"),
         (lambda model, rows: Names(model, rows), "a model and its transcoders, not TransformerBridge"),
     ],
 )

@@ -28,7 +28,7 @@ from tclib.circuits.path_search import best_first
 from tclib.inputs import bos_id, check_tokens
 from tclib.model import token_strings
 from tclib.plots import feature_name, highlighted
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.targets import Target
 from tclib.tracing import Trace, trace
 from tclib.transcoder import Transcoder
@@ -110,7 +110,7 @@ class Seal:
         Raises:
             ValueError: the feature never fires on this text.
         """
-        index, model = replacement.feature(layer, index), replacement.model
+        index, model = joined(replacement).feature(layer, index), replacement.model
         tokens = check_tokens(model, tokens)
         if activations.shape != tuple(tokens.shape):
             raise ValueError(f"activations have shape {activations.shape}, but the text {tuple(tokens.shape)}")

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tclib.activations import mlp_activations
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.text import LabelledText
 
 Units = Float[np.ndarray, "token unit"]
@@ -93,7 +93,7 @@ def score(choose: Units, choose_truth: pd.DataFrame, test: Units, test_truth: pd
 
 def score_set(replacement: ReplacementModel, choose: LabelledText, test: LabelledText) -> Scored:
     """`score` for all features of a set, those of all layers side by side in the order of the layers."""
-    splits, transcoders = [], replacement.transcoders
+    splits, transcoders = [], joined(replacement).transcoders
     for text in (choose, test):
         z: dict[int, list[Tensor]] = {layer: [] for layer in transcoders}
         for batch in mlp_activations(replacement.model, text.tokens, list(transcoders)):

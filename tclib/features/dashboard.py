@@ -19,7 +19,7 @@ from tclib.features.index import Index
 from tclib.inputs import bos_id
 from tclib.model import token_strings
 from tclib.plots import feature_name
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.tracing import trace
 from tclib.transcoder import TranscoderConfig
 
@@ -79,7 +79,7 @@ def collect(
         ValueError: a layer or feature that is not there, or an index made from other weights.
     """
     fired = FeatureActivations(index, layer, feature)
-    feature = replacement.feature(layer, fired.feature)
+    feature = joined(replacement).feature(layer, fired.feature)
     model, transcoders = replacement.model, replacement.transcoders
     index.check(replacement, [layer])
     # Input-invariant numbers are the same at every prompt; BOS alone is the shortest.

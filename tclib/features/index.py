@@ -35,7 +35,7 @@ from torch import nn
 from tclib.features.common_tokens import ROW, write_often
 from tclib.inputs import whole
 from tclib.io.paths import flush, read_text
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.transcoder import Transcoder
 
 FORMAT = 2
@@ -189,7 +189,7 @@ class Index:
         Raises:
             ValueError: other weights (both fingerprints are named), or a layer that is not in the index.
         """
-        if (found := fingerprint(replacement.model)) != self.about["model"]:
+        if (found := fingerprint(joined(replacement).model)) != self.about["model"]:
             raise ValueError(
                 f"the index in {self.folder} was made from model {self.about['model']}, not from this one, {found}: "
                 "build it again"

@@ -114,7 +114,9 @@ def strongest(
     tokens, model, transcoders = check(replacement, tokens), replacement.model, replacement.transcoders
     for layer, transcoder in transcoders.items():
         if our_name(transcoder.config.hook_in) != hook_in(layer):
-            raise ValueError(f"{transcoder.config.hook_in} is not the input of MLP {layer}: what reads it can be named")
+            raise ValueError(
+                f"{transcoder.config.hook_in} is not the input of MLP {layer}: only what reads that can be named"
+            )
     begin = 0
     for batch in mlp_activations(model, tokens, list(transcoders), batch_size=16):
         for layer, transcoder in transcoders.items():

@@ -18,7 +18,7 @@ from tclib.features import search
 from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index, fingerprint
 from tclib.io.paths import data_path, write_whole
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 
 STRONGEST, BANDS, EACH = 5, 5, 2  # examples kept of each feature
 
@@ -101,7 +101,7 @@ def load_summary(replacement: ReplacementModel, path: str | Path | None = None) 
         raise ValueError(f"no summary at {path}: make it with summarise and save_summary") from None
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"the summary {path.name} is damaged: {error}") from error
-    present = {"the model": fingerprint(replacement.model)}
+    present = {"the model": fingerprint(joined(replacement).model)}
     present |= {f"layer {layer}": fingerprint(t) for layer, t in replacement.transcoders.items()}
     for name, found in present.items():
         if made.get(name) != found:

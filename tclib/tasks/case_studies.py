@@ -21,7 +21,7 @@ from tclib.inputs import check_tokens, from_end, whole
 from tclib.interventions import Hook, edited, replace_mlp
 from tclib.model import to_tokens
 from tclib.plots import source_names
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.tasks import published
 from tclib.tracing import trace
 
@@ -42,7 +42,7 @@ def activation(
     Args:
         bos: False: the prompt has no BOS in front, as some in the paper's code.
     """
-    index, model = replacement.feature(layer, index), replacement.model
+    index, model = joined(replacement).feature(layer, index), replacement.model
     tokens = check_tokens(model, tokens, "the prompt", rows=False, bos=bos)
     position = from_end("position", position, len(tokens), "the prompt")
     x = _read(replacement, tokens, layer, position, replaced, hooks)
@@ -69,7 +69,7 @@ def patches(
     Raises:
         ValueError: prompts of two lengths.
     """
-    index, model = replacement.feature(layer, index), replacement.model
+    index, model = joined(replacement).feature(layer, index), replacement.model
     tokens, source = (check_tokens(model, t, "the prompt", rows=False) for t in (tokens, source))
     if len(tokens) != len(source):
         raise ValueError(f"the prompts have {len(tokens)} and {len(source)} tokens: patching needs one length")
@@ -111,7 +111,7 @@ def published_cases(replacement: ReplacementModel) -> dict[str, float]:
 
     The code release gives some prompts without BOS (scores) and others with it (caches); so does this.
     """
-    early, model = range(8), replacement.model
+    early, model = range(8), joined(replacement).model
 
     def at(prompt: str, index: int, **change) -> float:
         without_bos = to_tokens(model, prompt)[1:]

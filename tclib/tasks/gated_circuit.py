@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tclib.activations import hook_in, hook_out
 from tclib.interventions import Hook
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.tasks import greater_than as gt
 from tclib.transcoder import is_cross_layer
 
@@ -36,7 +36,7 @@ class Gated:
 
     @torch.no_grad()
     def __init__(self, replacement: ReplacementModel, prompts: gt.Prompts):
-        model, transcoders = replacement.model, replacement.transcoders
+        model, transcoders = joined(replacement).model, replacement.transcoders
         gt.check_prompts(model, prompts)
         if is_cross_layer(transcoders):
             raise ValueError("a small circuit is made of nodes that write to one layer: give per-layer transcoders")

@@ -18,7 +18,7 @@ from tclib.activations import hook_in, hook_out
 from tclib.circuits import validation
 from tclib.circuits.graph import Graph
 from tclib.interventions import Hook, ablate_head, ablate_mlp, edited, replace_mlps
-from tclib.replacement_model import ReplacementModel
+from tclib.replacement_model import ReplacementModel, joined
 from tclib.targets import Target
 from tclib.tasks import greater_than as gt
 from tclib.tracing import Trace
@@ -41,7 +41,7 @@ def few_features(
     Returns:
         ``k`` and ``difference``, the mean probability difference.
     """
-    model, transcoders = replacement.model, replacement.transcoders
+    model, transcoders = joined(replacement).model, replacement.transcoders
     x, z, means, sizes = {}, {}, {}, {}
     for at, rows in writers(transcoders, layer).items():
         (x[at],) = gt.at_last_token(model, prompts, at, [hook_in(at)])
@@ -100,7 +100,7 @@ def under_ablations(replacement: ReplacementModel, prompts: gt.Prompts) -> pd.Da
         One row per ablation and prompt: ``ablated``, ``prompt``, and the change of the mean logit difference in the
         ``model`` and in the ``replaced`` one.
     """
-    model, transcoders, layers = replacement.model, replacement.transcoders, list(replacement.transcoders)
+    model, transcoders, layers = joined(replacement).model, replacement.transcoders, list(replacement.transcoders)
     columns = {}
     for kind, hooks in {"model": [], "replaced": replace_mlps(transcoders, layers)}.items():
         base = gt.mean_logit_difference(gt.run(model, prompts, hooks), prompts.years)
@@ -135,7 +135,7 @@ def answer_of_mlp(
         ``model``, the change of the MLP's output; ``imitated``, that of its imitation from the ablated model's own
         activations; and ``early``, the part of the latter that features of earlier layers write.
     """
-    model, transcoders = replacement.model, replacement.transcoders
+    model, transcoders = joined(replacement).model, replacement.transcoders
     writing = writers(transcoders, layer)
     names = {hook_out(layer), *(hook_in(at) for at in writing)}
     outputs: dict[str, list[Tensor]] = {"model": [], "imitated": [], "early": []}
@@ -165,7 +165,7 @@ def late_writes(
         largest are left out), mean ``activation`` before the ablation and ``ablated``, and the MLP's output along the
         write in the same units, ``model`` and ``model_ablated``; largest first.
     """
-    model, transcoders = replacement.model, replacement.transcoders
+    model, transcoders = joined(replacement).model, replacement.transcoders
     writing = {at: rows for at, rows in writers(transcoders, layer).items() if at < layer}
     names = {hook_out(layer), *(hook_in(at) for at in writing)}
     seen = []
