@@ -123,7 +123,7 @@ def test_second_call_installs_nothing(monkeypatch, tmp_path):
     repo = tmp_path / "a clone"
     assert bootstrap.set_up(repo) == setup.python
     assert bootstrap.set_up(repo) == setup.python
-    assert setup.pip_calls == [["-c", "constraints.txt", "-e", ".[gguf,notebooks,test]"]]
+    assert setup.pip_calls == [["-c", "constraints.txt", "-e", ".[gguf,notebooks,teaching,test,ui]"]]
     (repo / "constraints.txt").write_text("torch==2.13.1\n", encoding="utf-8")
     bootstrap.set_up(repo)
     assert len(setup.pip_calls) == 2

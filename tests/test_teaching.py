@@ -1014,7 +1014,7 @@ def test_bundle_asks_pip_for_everything(monkeypatch, capsys):
     monkeypatch.setenv("TORCH_INDEX", "https://index.invalid")
     assert teach.bundle([]) == 3
     everything, torch_alone = calls
-    assert {"constraints.txt", ".[gguf,notebooks,test]", "hatchling>=1.24", "editables"} <= set(everything)
+    assert {"constraints.txt", ".[gguf,notebooks,teaching,test,ui]", "hatchling>=1.24", "editables"} <= set(everything)
     assert "https://index.invalid" in torch_alone and torch_alone[-1].startswith("torch==")
 
 

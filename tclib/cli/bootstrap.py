@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
+EVERYTHING = ".[gguf,notebooks,teaching,test,ui]"  # what notebooks and tests need together
 OLDEST = (3, 11)
 COMMANDS = {
     "venv": "make .venv and install the pinned packages",
@@ -152,7 +153,7 @@ def install(repo, python):
         # Only torch comes from there, and the pinned versions of what it needs may be missing
         # there: the second step installs those.
         pip(repo, python, ["--no-deps", "--index-url", index, torch_pin(repo)])
-    pip(repo, python, ["-c", "constraints.txt", "-e", ".[gguf,notebooks,teaching,test,ui]"])
+    pip(repo, python, ["-c", "constraints.txt", "-e", EVERYTHING])
 
 
 def torch_pin(repo):

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from tclib.cli.bootstrap import REPO, torch_pin
+from tclib.cli.bootstrap import EVERYTHING, REPO, torch_pin
 from tclib.cli.prepare import Refused
 from tclib.cli.run import select
 
@@ -93,7 +93,7 @@ def bundle(arguments: Sequence[str], repo: Path = REPO) -> int:
     backend = tomllib.loads((repo / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
     wheel = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--wheel-dir", str(folder)]
     steps = [[*wheel, "--no-deps", "--index-url", index, torch_pin(repo)]] if index else []
-    everything = [".[gguf,notebooks,teaching,test,ui]", *backend, "editables", "pip", "setuptools", "wheel"]
+    everything = [EVERYTHING, *backend, "editables", "pip", "setuptools", "wheel"]
     steps.append([*wheel, "--find-links", str(folder), "-c", "constraints.txt", *everything])
     for step in steps:
         status = subprocess.call(step, cwd=repo)
