@@ -6,7 +6,9 @@ read at once. Which of them matter is a question about text; `data_weighted` ans
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import pandas as pd
 import torch
@@ -21,6 +23,8 @@ from tclib.replacement_model import ReplacementModel, joined
 from tclib.targets import Target
 from tclib.tracing import Trace
 from tclib.transcoder import Transcoder
+
+_VOCABULARIES: MutableMapping[Any, pd.Index] = WeakKeyDictionary()  # by tokenizer
 
 Head = tuple[int, int]  # (layer, head)
 
@@ -230,9 +234,14 @@ def _before(trace: Trace, layer: int, readers: Tensor) -> Tensor:
     return readers if after is None else after.centre(readers * after.gain)
 
 
-def _ranked(scores: Tensor, name: str, index: list[str] | None = None) -> pd.Series:
+def _ranked(scores: Tensor, name: str, index: pd.Index | None = None) -> pd.Series:
     return pd.Series(scores.cpu().numpy(), index=index, name=name).sort_values(ascending=False)
 
 
-def _vocabulary(model: TransformerBridge) -> list[str]:
-    return [model.tokenizer.decode([i]) for i in range(model.cfg.d_vocab)]
+def _vocabulary(model: TransformerBridge) -> pd.Index:
+    """All tokens as text; decoded once for each tokenizer, since that takes longer than any product here."""
+    known = _VOCABULARIES.get(model.tokenizer)
+    if known is None or len(known) != model.cfg.d_vocab:
+        known = pd.Index([model.tokenizer.decode([i]) for i in range(model.cfg.d_vocab)])
+        _VOCABULARIES[model.tokenizer] = known
+    return known

@@ -136,6 +136,19 @@ def test_scores_are_those_of_their_definitions():
     assert ((table["low"] <= table["value"]) & (table["value"] <= table["high"])).all()
 
 
+def test_chance_is_the_rule_moved_along_the_text():
+    text, z = random_text()
+    table = rules.score(rules.Tokens(" a"), text, z, replicates=1, seed=3)
+    hits, value = rules.Tokens(" a").hits(text)[text.scored], z[text.scored]
+    draw = np.random.default_rng(3)
+    draw.poisson(1.0, (1, len(z)))  # the bootstrap's
+    moved = np.roll(hits, draw.integers(1, len(hits), 1))
+    both = (moved & (value > 0)).sum()
+    assert table.chance["precision"] == pytest.approx(both / hits.sum())
+    assert table.chance["recall"] == pytest.approx(both / (value > 0).sum())
+    assert table.chance["correlation"] == pytest.approx(np.corrcoef(moved, value)[0, 1])
+
+
 def test_the_right_rule_beats_a_vague_one_and_a_wrong_one_is_chance():
     text, z = random_text()
     right = rules.score(rules.parse("tokens:  a && tokens@-1:  b"), text, z)

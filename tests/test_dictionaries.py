@@ -7,6 +7,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ seeds = st.integers(0, 10_000)
 
 def method(name: str, **known):
     """A function of the notebook, with the notebook's other functions and what else it needs."""
-    space = {"torch": torch, "F": F, "ground_truth": ground_truth, "Block": Block, "hook_out": hook_out, "OUT": "y"}
+    space = {"torch": torch, "np": np, "F": F, "ground_truth": ground_truth, "Block": Block}
+    space |= {"hook_out": hook_out, "OUT": "y"}
     space |= {"Dictionary": Dictionary, "ridge": ridge, "directions": directions, "learn": learn}
     space |= {"p": SimpleNamespace(k=3, seed=0, units=12, steps=5)}
     exec(METHODS, space)

@@ -123,7 +123,7 @@ def test_positions_add_up_to_the_whole(measured, tokens):
         assert part["position"].min() == 1  # BOS is out
         for name in ("l0", "fvu", "cosine"):
             assert np.average(part[name], weights=part["tokens"]) == pytest.approx(whole[name], rel=1e-5)
-    alone = measured.positions[measured.positions["layer"] == 2]["increase"]
+    alone = measured.positions[measured.positions["layer"] == 2]["ce_increase"]
     group = measured.groups[(measured.groups["layer"] == 2) & (measured.groups["replicate"] == 0)].iloc[0]
     assert np.isnan(alone.iloc[-1])  # the last position predicts nothing
     predicted = (tokens[:, 1:] != BOS).sum(0).numpy()
@@ -188,8 +188,8 @@ def test_intervals_need_replicates(model, transcoders, tokens):
 
 
 def test_fronts_are_read_where_they_reach_and_nowhere_else():
-    front = pd.DataFrame({"name": "a", "l0": [4.0, 16.0, 64.0], "increase": [0.4, 0.2, 0.1]})
-    read = fronts.at_l0(front, [4, 8, 64, 65], ["name"])["increase"]
+    front = pd.DataFrame({"name": "a", "l0": [4.0, 16.0, 64.0], "ce_increase": [0.4, 0.2, 0.1]})
+    read = fronts.at_l0(front, [4, 8, 64, 65], ["name"])["ce_increase"]
     np.testing.assert_allclose(read[:3], [0.4, 0.3, 0.1])
     assert np.isnan(read[3])
     with pytest.raises(ValueError, match="positive"):
@@ -203,7 +203,7 @@ def test_gap_of_shifted_fronts_is_the_shift(shift, seed):
     l0 = np.sort(rng.uniform(2, 200, 6))
     loss = -np.log(l0)
     front = pd.concat(
-        pd.DataFrame({"name": name, "seed": 0, "layer": 1, "l0": l0, "increase": loss + move})
+        pd.DataFrame({"name": name, "seed": 0, "layer": 1, "l0": l0, "ce_increase": loss + move})
         for name, move in (("a", shift), ("b", 0.0), ("c", 9.0))
     )
     found = fronts.gap(front, "a", "b", ["layer", "seed"])
@@ -212,7 +212,7 @@ def test_gap_of_shifted_fronts_is_the_shift(shift, seed):
 
 
 def test_fronts_that_share_no_l0():
-    front = pd.DataFrame({"name": ["a", "a", "b", "b"], "l0": [1, 2, 3, 4], "increase": [1.0, 1, 1, 1]})
+    front = pd.DataFrame({"name": ["a", "a", "b", "b"], "l0": [1, 2, 3, 4], "ce_increase": [1.0, 1, 1, 1]})
     with pytest.raises(ValueError, match="share no L0"):
         fronts.shared_l0(front)
 

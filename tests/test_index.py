@@ -561,6 +561,20 @@ def test_a_summary_survives_the_disk(model, transcoders, built, tmp_path):
         load_summary(ReplacementModel(model, transcoders), tmp_path / "s.npz")
 
 
+def test_a_summary_holds_what_each_feature_says_of_itself(built):
+    summary = summarise(built, seed=4)
+    for layer in built.layers:
+        table = summary.features.query("layer == @layer").set_index("feature")
+        for feature in table.index[table["count"] > 0][:20]:
+            fired = FeatureActivations(built, layer, feature)
+            kept = summary.examples.query("layer == @layer and feature == @feature")
+            expected = pd.concat([fired.top(5).assign(band=0), fired.bands(5, 2, seed=4)])
+            columns = ["band", "row", "position", "activation"]
+            assert kept[columns].to_numpy().tolist() == expected[columns].to_numpy().tolist()
+            first = fired.top_tokens(1).iloc[0]
+            assert table.loc[feature, ["token", "token_share"]].tolist() == [first["token"], first["share"]]
+
+
 def test_the_bundled_summary_is_of_the_bundled_weights_and_right():
     import tclib as tc
 

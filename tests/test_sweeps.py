@@ -412,7 +412,7 @@ def test_points_keep_what_has_a_place_on_a_front(pairs, failed):
     found = sweep_report.points(swept(*runs))
     assert len(found) == len(pairs) and found["front"].any()
     best = found.loc[found["fvu"].idxmin()]
-    assert found[found["front"]]["l0"].max() <= best["l0"] and found["increase"].round(6).eq(0.1).all()
+    assert found[found["front"]]["l0"].max() <= best["l0"] and found["ce_increase"].round(6).eq(0.1).all()
 
 
 def test_a_wide_dictionary_that_is_worse_is_called_under_trained():

@@ -887,7 +887,7 @@ def with_wrong_answers(notebook):
     return made
 
 
-SHORT = [path for path in TAUGHT if path.stem.startswith("04b")]
+SHORT = [path for path in TAUGHT if path.stem.startswith("06b")]
 LONG = [pytest.param(path, marks=pytest.mark.slow) for path in TAUGHT if path not in SHORT]
 
 

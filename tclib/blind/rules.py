@@ -23,6 +23,7 @@ from tclib.inputs import words as are_words
 from tclib.text import LabelledText
 
 Hits = Bool[np.ndarray, "row pos"]
+BOTH, MET = 3, 6  # columns of `_sums` that a moved rule changes
 MEASURES = ["precision", "recall", "f1", "correlation"]
 GRAMMAR = "tokens: a| b   tokens@-1: was| were   before 5: (   regex: \\d\\d;   label: citation.semicolon"
 
@@ -183,10 +184,12 @@ def score(
     weights = generator.poisson(1.0, (replicates, len(z)))
     by_row = _sums(hits, z, scored)  # [row, sum]
     bootstrap = _measures(weights @ by_row)
-    flat, count = hits[scored], int(scored.sum())
-    chance = np.zeros((replicates, by_row.shape[1]))
+    # A moved rule has as many hits, so that only what it meets must be summed again: firing, and activation.
+    flat, places, count = z[scored], np.flatnonzero(hits[scored]), int(scored.sum())
+    chance = np.repeat(by_row.sum(0)[None], replicates, axis=0)
     for replicate, steps in enumerate(generator.integers(1, max(count, 2), replicates)):
-        chance[replicate] = _sums(np.roll(flat, steps)[None], z[scored][None], np.ones((1, count), bool))[0]
+        met = flat[(places + steps) % count]
+        chance[replicate, [BOTH, MET]] = (met > 0).sum(), met.sum(dtype=float)
     chance = _measures(chance)
     columns = {
         "value": _measures(by_row.sum(0)[None])[0],

@@ -25,13 +25,13 @@ def faithfulness(
     replicates: int = 0,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """CE, its ``increase`` (nats), KL and top-1 agreement under any interventions, in one pass.
+    """CE, its increase ``ce_increase`` (nats), KL and top-1 agreement under any interventions, in one pass.
 
     KL = mean sum_w p(w) log(p(w) / q(w)) in nats and top1 = mean [argmax p = argmax q], with p the next-token
     distribution of the untouched model and q that under the intervention.
 
     Returns:
-        ``name``, ``ce``, ``kl``, ``top1``, ``increase``, with ``replicate`` after the name if there are any. The
+        ``name``, ``ce``, ``kl``, ``top1``, ``ce_increase``, with ``replicate`` after the name if there are any. The
         first rows, ``"original"``, are the untouched model.
 
     Raises:
@@ -47,7 +47,7 @@ def faithfulness(
     for name in swaps:
         columns = {metric: sums[name].mean(metric) for metric in ("ce", "kl", "top1")}
         table = pd.DataFrame({"name": [name] * (replicates + 1), **columns})
-        tables.append(table.assign(increase=table["ce"] - sums["original"].mean("ce")))
+        tables.append(table.assign(ce_increase=table["ce"] - sums["original"].mean("ce")))
     return numbered(tables, replicates)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 
 def at_l0(
-    front: pd.DataFrame, l0: float | Sequence[float], by: Sequence[str], column: str = "increase"
+    front: pd.DataFrame, l0: float | Sequence[float], by: Sequence[str], column: str = "ce_increase"
 ) -> pd.DataFrame:
     """Each front read at the given L0: ``column``, linear in log L0 between the two nearest points.
 
@@ -47,7 +47,7 @@ def shared_l0(front: pd.DataFrame, name: str = "name", points: int = 5) -> Float
     return np.geomspace(low, high, points)
 
 
-def gap(front: pd.DataFrame, one: str, other: str, by: Sequence[str], column: str = "increase") -> pd.DataFrame:
+def gap(front: pd.DataFrame, one: str, other: str, by: Sequence[str], column: str = "ce_increase") -> pd.DataFrame:
     """Mean difference of ``column`` between two fronts over the L0 both reach; below 0 favours ``one``.
 
     ``by`` names what is compared with itself, for example ``["layer", "seed"]``: the same text, the same seed.

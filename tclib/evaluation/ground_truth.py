@@ -80,10 +80,11 @@ def score(choose: Units, choose_truth: pd.DataFrame, test: Units, test_truth: pd
             raise ValueError(f"activations of the {split} split hold NaN or infinity")
     if not names or choose.shape[1] != test.shape[1]:
         raise ValueError("the two splits share no label, or have different numbers of units")
-    there = test_truth[names].to_numpy()
+    there = np.asfortranarray(test_truth[names])  # columns are read one by one
     f1, thresholds = best_f1(choose, choose_truth[names].to_numpy())
     chosen = f1.argmax(1)
     threshold = thresholds[np.arange(len(f1)), chosen]
+    test = np.asfortranarray(test)
     fires = test >= threshold
     units = _score_units(test, there, chosen, fires)
     units.insert(1, "label", np.array([*names, None], dtype=object)[np.where(f1.max(1) > 0, chosen, -1)])
@@ -133,8 +134,11 @@ def auroc(values: Float[np.ndarray, " token"], positive: Bool[np.ndarray, " toke
     n, m = int(positive.sum()), int((~positive).sum())
     if not n or not m:
         return float("nan")
-    ranks = pd.Series(values).rank().to_numpy()
-    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
+    above = values > values.min()
+    floor = len(values) - above.sum()  # most tokens of a sparse unit: they share one rank and need no sorting
+    ranks = floor + pd.Series(values[above]).rank().to_numpy()[positive[above]]
+    total = ranks.sum() + (n - len(ranks)) * (floor + 1) / 2
+    return float((total - n * (n + 1) / 2) / (n * m))
 
 
 def _indicators(labels: np.ndarray) -> pd.DataFrame:
@@ -187,18 +191,20 @@ def _score_labels(
 ) -> pd.DataFrame:
     """For each label its best unit of the first split, and what other units take from it."""
     records = []
+    label, recall = units["label"].to_numpy(), units["recall"].to_numpy()
+    precise = (units["precision"].to_numpy() >= PRECISE) & (recall >= SEEN)
     for index, name in enumerate(names):
         on, main = labels[:, index], int(f1[:, index].argmax())
         fired = test[:, main] >= thresholds[main, index]
         hits = int((on & fired).sum())
-        devoted = (units["label"] == name) & (units["precision"] >= PRECISE) & (units["recall"] >= SEEN)
-        others = devoted.to_numpy().copy()
+        devoted = precise & (label == name)
+        others = devoted.copy()
         others[main] = False
         # Silent where it should speak, while a unit that speaks of little else does.
         taken = on & ~fired & fires[:, others].any(1)
         main_f1 = 2 * hits / max(int(fired.sum() + on.sum()), 1)
-        together = on & fires[:, devoted.to_numpy()].any(1)
-        largest = units.loc[devoted, "recall"].max() if devoted.any() else 0.0
+        together = on & fires[:, devoted].any(1)
+        largest = recall[devoted].max(initial=0.0)
         records.append(
             {
                 "label": name,

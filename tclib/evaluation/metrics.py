@@ -49,7 +49,7 @@ class Measured:
 
     layers: pd.DataFrame  # layer, tokens, l0, fvu, cosine, dead, dense
     groups: pd.DataFrame  # layer (the group's name), ce, ce_replaced, ce_zero, ce_mean, recovered, kl, top1
-    positions: pd.DataFrame  # layer, position, tokens, l0, fvu (error there / variance of all), cosine, increase of CE
+    positions: pd.DataFrame  # layer, position, tokens, l0, fvu (error there / variance of all), cosine, ce_increase
     firing: dict[int, Float[Tensor, " d_features"]]  # fraction of tokens on which each feature fires
 
 
@@ -203,7 +203,7 @@ def _positions(layer: int, fit: _Fit, faith: Mapping) -> pd.DataFrame:
     table = fit.positions().assign(layer=layer)
     if ("ce_replaced", layer) in faith:
         increase = faith["ce_replaced", layer].mean_at("ce") - faith["ce", "original"].mean_at("ce")
-        table["increase"] = pd.Series(increase)  # the last position predicts nothing
+        table["ce_increase"] = pd.Series(increase)  # the last position predicts nothing
     return table
 
 

@@ -21,6 +21,7 @@ from tclib.io.paths import data_path, write_whole
 from tclib.replacement_model import ReplacementModel, joined
 
 STRONGEST, BANDS, EACH = 5, 5, 2  # examples kept of each feature
+PLACE = ["row", "position", "activation"]
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,26 @@ def summarise(index: Index, truth: pd.DataFrame | None = None, seed: int = 0) ->
     """Statistics and examples of every feature of an index."""
     features, examples = [], []
     for layer in index.layers:
-        table = search.statistics(index, layer).assign(layer=layer, token=-1, token_share=np.nan)
+        table = search.statistics(index, layer).assign(layer=layer)
         best = search.best_labels(index, layer, truth) if truth is not None else None
         table["label"] = best["label"].to_numpy() if best is not None else None
         table["f1"] = best["f1"].to_numpy() if best is not None else np.nan
+        token, share = np.full(len(table), -1), np.full(len(table), np.nan)
         for feature in np.flatnonzero(table["count"]).tolist():
             fired = FeatureActivations(index, layer, feature)
             first = fired.top_tokens(1)
-            table.loc[feature, ["token", "token_share"]] = [first["token"][0], first["share"][0]]
-            strongest = fired.top(STRONGEST).assign(band=0)
-            drawn = fired.bands(BANDS, EACH, seed)
-            examples.append(pd.concat([strongest, drawn]).assign(layer=layer, feature=feature))
-        features.append(table)
-    kept = ["layer", "feature", "band", "row", "position", "activation"]
+            token[feature], share[feature] = first["token"][0], first["share"][0]
+            strongest, drawn = fired.top(STRONGEST), fired.bands(BANDS, EACH, seed)
+            for part, band in ((strongest, np.zeros(len(strongest), int)), (drawn, drawn["band"])):
+                examples.append((np.full(len(part), layer), np.full(len(part), feature), band, *map(part.get, PLACE)))
+        features.append(table.assign(token=token, token_share=share))
+    kept = ["layer", "feature", "band", *PLACE]
     order = ["layer", "feature", "count", "frequency", "mean", "max", "token", "token_share", "label", "f1"]
     about = {**index.about, "tokens": index.n_tokens}
-    found = pd.concat(examples, ignore_index=True)[kept] if examples else pd.DataFrame(columns=kept)
-    table = pd.concat(features, ignore_index=True)[order].astype({"token": int})
+    # Columns, put together once: a table for each feature would take most of the time.
+    columns = [np.concatenate(parts) for parts in zip(*examples, strict=True)] or [[]] * len(kept)
+    found = pd.DataFrame(dict(zip(kept, columns, strict=True)))
+    table = pd.concat(features, ignore_index=True)[order]
     tokens = index.tokens.astype(np.uint16) if index.tokens.max() < 2**16 else index.tokens
     return Summary(about, table, found, tokens)
 

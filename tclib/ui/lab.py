@@ -66,6 +66,8 @@ def lab_figure(probs: Float[Tensor, "prompt 100"], prompts: gt.Prompts, year: in
     right.axvline(year + 0.5, color="black", linewidth=0.8)
     right.set(xlabel=f"answer y after YY = {year:02d}", ylabel="p(y)", xlim=(-1, 99.9), ylim=(0, None))
     right.set_title(title, fontsize=10)
+    for ax in (left, right):
+        ax.locator_params(nbins=5)  # drawing their labels is what takes longest
     return figure
 
 
@@ -79,7 +81,8 @@ class Lab(Explorer):
         centuries: Sequence[int] = gt.CENTURIES,
         layer: int | None = None,
     ):
-        self.model, self.transcoders, self._known = joined(replacement).model, replacement.transcoders, {}
+        self.model, self.transcoders = joined(replacement).model, replacement.transcoders
+        self._known, self._rankings = {}, {}
         short = w.Layout(width="190px")
         layer = max(self.transcoders) if layer is None else layer
         self.noun: Any = w.Dropdown(options=list(nouns), description="noun", layout=short)
@@ -107,7 +110,10 @@ class Lab(Explorer):
         self.prompts, self.whole = self._known[noun, century]
         self.transcoder = None if units == "neurons" else self.transcoders[layer]
         order = "random" if units == "random features" else "variance"
-        self.ranked = rank_units(self.model, self.prompts, layer, self.transcoder, order)
+        asked = noun, century, layer, units
+        if asked not in self._rankings:
+            self._rankings[asked] = rank_units(self.model, self.prompts, layer, self.transcoder, order)
+        self.ranked = self._rankings[asked]
         size = len(self.ranked)
         steps = sorted({0, *(2**n for n in range(size.bit_length()) if 2**n < size), size})
         kept = self.kept.value

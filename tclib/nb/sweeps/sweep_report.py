@@ -22,7 +22,7 @@ from tclib.nb.style import figure_defaults
 from tclib.nb.sweeps.results import Point, Results, table
 
 KNOBS = ("l1_coefficient", "l0_coefficient", "k")  # what sets how many features are active
-METRICS = {"fvu": "variance unexplained (FVU)", "increase": "cross-entropy lost, nats"}
+METRICS = {"fvu": "variance unexplained (FVU)", "ce_increase": "cross-entropy lost, nats"}
 OVERLAP = 1.2  # lines are compared where the L0 that both reach spans at least this factor
 DRAWS = 200  # of the shuffled control
 CAPTION = (
@@ -42,16 +42,16 @@ def write(results: Results, folder: Path) -> Path:
 
 
 def points(results: Results) -> pd.DataFrame:
-    """`table` without the runs that failed, with ``increase``, the run's ``line`` and ``front``.
+    """`table` without the runs that failed, with ``ce_increase``, the run's ``line`` and ``front``.
 
-    ``increase`` is the cross-entropy lost when the dictionary takes the MLP's place, in nats. On the front is a run
+    ``ce_increase`` is the cross-entropy lost when the dictionary takes the MLP's place, in nats. On the front is a run
     that no other of its layer beats, by being at least as sparse and explaining at least as much, and more of one.
     """
     everything = table(results)
     if "l0" not in everything:  # no run has a point
         return everything.head(0)
     found = everything[everything["reason"].isna() & (everything["l0"] > 0)].reset_index(drop=True)
-    found["increase"] = found["ce_replaced"] - found["ce"]
+    found["ce_increase"] = found["ce_replaced"] - found["ce"]
     found["line"] = _words(found, [n for n in _axes(everything) if n not in (*KNOBS, "seed", "layer")])
     found["layer"] = found.get("layer", 0)
     found["seed"] = found.get("seed", 0)
@@ -197,7 +197,7 @@ def _front(found: pd.DataFrame, axes: list[str]) -> str:
         f"Along {sum(falls)} of {len(falls)} lines each step to more active features leaves less unexplained. "
         f"{len(best)} of {len(found)} runs are on the front of their layer. A front takes the best of several noisy "
         "runs, so a new run with one of these settings would be slightly worse; the means have no such bias.\n\n"
-        + _markdown(best[["layer", "line", "l0", "fvu", "kl", "increase"]])
+        + _markdown(best[["layer", "line", "l0", "fvu", "kl", "ce_increase"]])
     )
 
 
