@@ -23,8 +23,6 @@ from pathlib import Path
 
 from setting import processor
 
-from tclib.replacement_model import ReplacementModel
-
 TOKENS = 10
 BATCHES = (512, 64)  # circuit-tracer's default, and the better one on a processor
 EPS, THETA = 1e-5, 10_000.0  # of RMSNorm and rotary embeddings
@@ -129,7 +127,7 @@ def ours(folder: Path) -> dict:
     transcoders = tc.load_transcoders(folder / "transcoders", device="cpu")
     tokens = load_file(folder / "tokens.safetensors")["tokens"]
     start = time.process_time()
-    trace = tc.trace(ReplacementModel(model, transcoders), tokens, check_fit=False)
+    trace = tc.trace(tc.ReplacementModel(model, transcoders), tokens, check_fit=False)
     traced = time.process_time() - start
     graph = build_graph(trace)
     seconds = time.process_time() - start

@@ -141,7 +141,7 @@ def graphs(model, parts: dict[int, tc.Transcoder]) -> dict[str, float]:
     return {
         "path length": length, "replacement score": replacement, "completeness score": completeness,
         "prediction of removals, free": table["predicted"].corr(table["free"]),
-        "prediction of removals, MLPs held": table["predicted"].corr(table["constrained"]),
+        "prediction of removals, MLPs frozen": table["predicted"].corr(table["constrained"]),
     }  # fmt: skip
 
 

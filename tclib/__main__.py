@@ -1,4 +1,4 @@
-"""`python -m tclib venv|run|test|test-all|lab`."""
+"""`python -m tclib COMMAND`; without a command it lists them all (`tclib.cli.bootstrap.COMMANDS`)."""
 
 import sys
 

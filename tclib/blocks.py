@@ -26,12 +26,13 @@ class Family:
     embedding: str
     norm: str | None  # of a block: the norm that its MLP reads through, if it has one
     offset: bool = False  # gains are stored as what they have above 1
+    sizes: tuple[str, ...] = ("vocab_size", "hidden_size", "num_hidden_layers")  # keys of config.json
 
 
 _LLAMA = Family("embed_tokens.weight", "post_attention_layernorm")
 _GEMMA_2 = Family("embed_tokens.weight", "pre_feedforward_layernorm", offset=True)
 FAMILIES = {
-    "gpt2": Family("wte.weight", "ln_2"),
+    "gpt2": Family("wte.weight", "ln_2", sizes=("vocab_size", "n_embd", "n_layer")),
     "gpt_neox": Family("embed_in.weight", "post_attention_layernorm"),
     "llama": _LLAMA,
     "qwen2": _LLAMA,

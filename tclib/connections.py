@@ -24,7 +24,7 @@ from tclib.targets import Target
 from tclib.tracing import Trace
 from tclib.transcoder import Transcoder
 
-_VOCABULARIES: MutableMapping[Any, pd.Index] = WeakKeyDictionary()  # by tokenizer
+_VOCABULARIES: MutableMapping[Any, tuple[int, pd.Index]] = WeakKeyDictionary()  # by tokenizer, with its length
 
 Head = tuple[int, int]  # (layer, head)
 
@@ -240,8 +240,8 @@ def _ranked(scores: Tensor, name: str, index: pd.Index | None = None) -> pd.Seri
 
 def _vocabulary(model: TransformerBridge) -> pd.Index:
     """All tokens as text; decoded once for each tokenizer, since that takes longer than any product here."""
-    known = _VOCABULARIES.get(model.tokenizer)
-    if known is None or len(known) != model.cfg.d_vocab:
+    length, known = _VOCABULARIES.get(model.tokenizer, (0, pd.Index([])))
+    if (length, len(known)) != (len(model.tokenizer), model.cfg.d_vocab):
         known = pd.Index([model.tokenizer.decode([i]) for i in range(model.cfg.d_vocab)])
-        _VOCABULARIES[model.tokenizer] = known
+        _VOCABULARIES[model.tokenizer] = len(model.tokenizer), known
     return known

@@ -203,11 +203,9 @@ def model_shapes(folder: Path) -> dict[str, safe_files.Shape]:
     check_architecture(config, str(folder))
     files = weight_files(folder)
     shapes = {name: shape for path in files for name, shape in safe_files.safetensors_shapes(path).items()}
-    keys = ("vocab_size", "hidden_size", "num_hidden_layers")
-    keys = ("vocab_size", "n_embd", "n_layer") if config["model_type"] == "gpt2" else keys
-    sizes = [config.get(key) for key in keys]
-    embedding = FAMILIES[config["model_type"]].embedding
-    found = next((shapes[name] for name in shapes if f".{name}".endswith(f".{embedding}")), None)
+    family = FAMILIES[config["model_type"]]
+    sizes = [config.get(key) for key in family.sizes]
+    found = next((shapes[name] for name in shapes if f".{name}".endswith(f".{family.embedding}")), None)
     layers = {int(part[1]) for key in shapes if (part := re.search(r"(?:^|\.)(?:h|layers)\.(\d+)\.", key))}
     if not all(isinstance(size, int) for size in sizes) or found != tuple(sizes[:2]) or len(layers) != sizes[2]:
         raise ValueError(

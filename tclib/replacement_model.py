@@ -18,7 +18,7 @@ from tclib.inputs import feature_of, whole
 from tclib.transcoder import Transcoder, is_cross_layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ReplacementModel:
     """``model`` with ``transcoders`` of some or all of its layers, which are seen to fit when they are joined.
 
@@ -45,8 +45,11 @@ class ReplacementModel:
             for theirs in (transcoder.config.hook_in, transcoder.config.hook_out):
                 if theirs != our_name(theirs) and norm_after(self.model, layer, theirs) is None:
                     said = f"{theirs} of the transcoder of layer {layer} is taken as {our_name(theirs)}: the same place"
-                    warnings.warn(said, stacklevel=4)
+                    warnings.warn(said, stacklevel=3)
         is_cross_layer(self.transcoders)  # refuses one of which layers are missing
+
+    def __repr__(self) -> str:
+        return f"<{self.model.cfg.model_name} with transcoders of layers {sorted(self.transcoders)}>"
 
     def feature(self, layer: int, feature: int) -> int:
         """The feature, if the transcoder of this layer has it; raises otherwise."""
@@ -68,11 +71,14 @@ def joined(replacement: ReplacementModel) -> ReplacementModel:
     """What a function was given, if it is a model that has been joined with its transcoders.
 
     Raises:
-        ValueError: it is something else, a model alone for example.
+        ValueError: it is something else, a model alone for example; or one of the two was moved to another device or
+            precision since.
     """
     if not isinstance(replacement, ReplacementModel):
         kind = type(replacement).__name__
         raise ValueError(f"this needs a model and its transcoders, not {kind}: tc.ReplacementModel(model, transcoders)")
+    for layer, transcoder in replacement.transcoders.items():
+        _check_numbers(replacement.model, layer, transcoder)
     return replacement
 
 

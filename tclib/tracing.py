@@ -189,7 +189,10 @@ class Trace:
     def active(self, position: int = -1) -> pd.DataFrame:
         """The features that are active at a position, strongest first: layer, feature, activation."""
         at = self.position(position)
-        found = [(n, i, z[at, i].item()) for n, z in self.features.items() for i in z[at].nonzero()[:, 0].tolist()]
+        found = []
+        for layer, z in self.features.items():
+            index = z[at].nonzero()[:, 0]
+            found += zip([layer] * len(index), index.tolist(), z[at, index].tolist(), strict=True)
         table = pd.DataFrame(found, columns=["layer", "feature", "activation"])
         return table.sort_values("activation", ascending=False, ignore_index=True)
 

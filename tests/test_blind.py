@@ -108,7 +108,7 @@ def test_a_bad_rule_is_refused(line, message):
         rules.parse(line)
 
 
-def test_an_unknown_latent_names_the_known_ones():
+def test_an_unknown_label_names_the_known_ones():
     with pytest.raises(ValueError, match=r"no label 'verb.pasive'.*citation.semicolon"):
         rules.Label("verb.pasive").hits(TEXT)
 

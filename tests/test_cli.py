@@ -438,7 +438,7 @@ def test_headline_is_the_last_one(repo, write_notebook):
     assert find_headline(notebook) == "p(big) = 0.87"
 
 
-def test_declared_names(repo):
+def test_defaults_that_a_notebook_declares(repo):
     notebook = json.loads((repo / "notebooks/02_good.ipynb").read_text(encoding="utf-8"))
     assert list(declared_defaults(notebook)) == ["model", "layer"]
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from tclib.activations import hook_out
 from tclib.blocks import Block
 from tclib.evaluation import ground_truth
-from tclib.tasks.dictionaries import Bench, Dictionary, directions, learn, ridge, top_k, topk_dictionary
+from tclib.evaluation.baselines import ridge
+from tclib.tasks.dictionaries import Bench, Dictionary, directions, learn, top_k, topk_dictionary
 from tests.conftest import REPO
 
 PATHS = [

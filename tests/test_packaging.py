@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from importlib.metadata import packages_distributions
 
 import pytest
@@ -81,9 +82,25 @@ def test_imports_are_declared():
                 assert names & declared, f"{path.relative_to(REPO)} imports {module}, not declared"
 
 
+def test_science_needs_the_base_install_alone():
+    base = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    distributions = packages_distributions()
+    for path in (REPO / "tclib").rglob("*.py"):
+        if path.relative_to(REPO / "tclib").parts[0] in ("cli", "nb", "ui"):
+            continue
+        at_once = ast.parse(path.read_text(encoding="utf-8")).body  # not inside functions
+        for module in imported_by(at_once) - sys.stdlib_module_names - {"tclib"}:
+            names = {canonicalize_name(name) for name in distributions.get(module, [module])}
+            assert names & base, f"{path.relative_to(REPO)} imports {module}, which only an extra brings"
+
+
 def imported(source: str) -> set[str]:
+    return imported_by(ast.walk(ast.parse(source)))
+
+
+def imported_by(nodes: Iterable[ast.AST]) -> set[str]:
     modules = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         if isinstance(node, ast.Import):
             modules |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:

@@ -1109,7 +1109,7 @@ def test_first_cell_installs_only_on_colab_and_only_what_was_published(copies, m
             context.setattr("importlib.util.find_spec", lambda name: None)
             if notebook is published:
                 exec(source, {})
-                assert calls.pop()[-1] == "git+https://github.com/someone/a-copy"
+                assert calls.pop()[-1] == "tclib[ui] @ git+https://github.com/someone/a-copy"
             else:
                 with pytest.raises(ModuleNotFoundError, match="this kernel has no tclib: start JupyterLab by"):
                     exec(source, {})

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from tclib.ui import base
 from tests.conftest import REPO, notebook_dict
 
 pytestmark = pytest.mark.slow
@@ -439,7 +440,7 @@ def test_voila_without_a_network(browser, tmp_path):
         before = drawn(frame)
         frame.locator("button", has_text="down to it").click()
         assert comes(page, changes(frame, before)), "the walker does not answer under Voila"
-        assert "unexpected" not in page.inner_text("body")  # circuitsvis' code, which is not shown, has the word
+        assert base.UNEXPECTED not in page.content()
         assert not [url for url in elsewhere if url.endswith((".js", ".mjs"))], elsewhere
         frame.scroll_into_view_if_needed()
         page.screenshot(path=SCREENS / "voila.png")

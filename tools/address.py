@@ -31,7 +31,8 @@ if importlib.util.find_spec("tclib") is None:  # only on Colab: a clone and Bind
     import subprocess
     import sys
 
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/{address}"], check=True)"""
+    package = "tclib[ui] @ git+https://github.com/{address}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)"""
 
 
 def published(repo: Path = REPO) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -133,7 +132,7 @@ class Seal:
             )
         prompts = [tokens[row, : at[row] + 1] for row in rows]
         self._traces = [trace(replacement, prompt) for prompt in prompts]
-        self._circuits = cache(self._paths)  # a search takes half a second, and players read again and again
+        self._circuits: dict[tuple[int, float], pd.DataFrame] = {}  # half a second each, and players read again
         self.activations = [float(activations[row, at[row]]) for row in rows]
 
     def __repr__(self) -> str:
@@ -170,7 +169,9 @@ class Seal:
             the vocabulary tokens that the route's last node ``prefers``; ``attrs["remainder"]`` is the share of all
             that is not listed. The first token of a text stands as "start".
         """
-        return self._circuits(example, share).copy()
+        if (example, share) not in self._circuits:
+            self._circuits[example, share] = self._paths(example, share)
+        return self._circuits[example, share].copy()
 
     def _paths(self, example: int, share: float) -> pd.DataFrame:
         traced, target = self._traces[example], self._target(example)

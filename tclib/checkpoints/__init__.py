@@ -1,6 +1,6 @@
-"""Transcoders' checkpoints in seven formats, read and written without running anything that is in them.
+"""Transcoders' checkpoints read from seven formats and written in four, without running anything that is in them.
 
-The functions below are all that others need; `detect` knows the formats by their files' names, `readers` and
+The functions below are what others need first; `detect` knows the formats by their files' names, `readers` and
 `clt_reader` have one function for each, `lazy` leaves large layers in their files, `save` writes and `fit` checks that
 they suit a model.
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tclib import __version__
 from tclib.checkpoints.readers import SAELENS_KINDS
-from tclib.io.paths import write_whole
+from tclib.io.paths import flush, write_whole
 from tclib.transcoder import Transcoder, is_cross_layer
 
 SAELENS_VERSION = "6.54.12"  # whose format is written; SAELens reads older ones differently
@@ -67,7 +67,7 @@ def _saelens(transcoders: Mapping[int, Transcoder], folder: Path, dtype: torch.d
     for layer, transcoder in transcoders.items():
         c = transcoder.config
         cfg = {
-            "architecture": kinds["relu" if c.activation == "relu" else "jumprelu", c.skip],
+            "architecture": kinds["jumprelu" if c.activation in ("batchtopk", "jumprelu") else c.activation, c.skip],
             "d_in": c.d_in, "d_sae": c.d_features, "d_out": c.d_out, "dtype": str(dtype).removeprefix("torch."),
             "device": "cpu", "apply_b_dec_to_input": False, "normalize_activations": "none",
             "reshape_activations": "none",
@@ -132,4 +132,5 @@ def _tensors(transcoder: Transcoder, dtype: torch.dtype, *turned: str) -> dict[s
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     part = path.with_name(path.name + ".part")
     save_file({name: t.contiguous() for name, t in tensors.items()}, part)
+    flush(part)
     part.replace(path)

@@ -40,7 +40,7 @@ def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
     from tclib.io import hub
     from tclib.io.paths import data_path
     from tclib.model import load_model
-    from tclib.replacement_model import check_belongs
+    from tclib.replacement_model import ReplacementModel
 
     if model in hub.TRANSCODERS or (model in BUNDLED and data_path(BUNDLED[model]).is_dir()):
         parameters.setdefault("transcoders", model)
@@ -53,8 +53,7 @@ def prepare(parameters: dict[str, Any], notebooks: Sequence[Path]) -> None:
             warnings.simplefilter("always", UserWarning)
             loaded = load_transcoders(where)
             try:
-                for layer, transcoder in loaded.items():
-                    check_belongs(lm, layer, transcoder)
+                ReplacementModel(lm, loaded).need_transcoders()
             except ValueError:
                 if "transcoders" in parameters:
                     raise

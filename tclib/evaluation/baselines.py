@@ -45,11 +45,10 @@ def random_directions(
     k: float,
     d_features: int,
     seed: int = 0,
-    ridge: float = 0.01,
 ) -> Transcoder:
     """A random encoder of which k features fire per token, with the ridge-regressed decoder of ``x`` to ``y``.
 
-    ``W_dec = (Z'Z + rho I)^-1 Z'Y`` with Z, Y centred and rho = ``ridge`` times the mean diagonal.
+    The decoder is `ridge`'s, with activations and outputs centred.
     """
     generator = torch.Generator().manual_seed(seed)
     W_enc = torch.randn(x.shape[1], d_features, generator=generator).to(x)
@@ -59,9 +58,7 @@ def random_directions(
     threshold = sample.quantile(1 - k / d_features)
     z = torch.relu(pre - threshold)
     z_mean, y_mean = z.mean(0), y.mean(0)
-    gram = (z - z_mean).T @ (z - z_mean)
-    gram += ridge * gram.diagonal().mean() * torch.eye(d_features).to(gram)
-    W_dec = torch.linalg.solve(gram, (z - z_mean).T @ (y - y_mean))
+    W_dec = ridge(z - z_mean, y - y_mean)
     config = TranscoderConfig(
         d_in=x.shape[1], d_out=y.shape[1], d_features=d_features, hook_in=hook_in(layer), hook_out=hook_out(layer)
     )
@@ -69,3 +66,9 @@ def random_directions(
     weights = {"W_enc": W_enc, "b_enc": -x.mean(0) @ W_enc - threshold}
     transcoder.load_state_dict(weights | {"W_dec": W_dec, "b_dec": y_mean - z_mean @ W_dec})
     return transcoder.eval().requires_grad_(False)
+
+
+def ridge(Z: Float[Tensor, "token n"], Y: Float[Tensor, "token m"], rho: float = 0.01) -> Float[Tensor, "n m"]:
+    """The linear map from Z to Y of least squared error: ``(Z'Z + rho m I)^-1 Z'Y``, m the mean of Z'Z's diagonal."""
+    gram = Z.T @ Z
+    return torch.linalg.solve(gram + rho * gram.diagonal().mean() * torch.eye(len(gram)).to(gram), Z.T @ Y)

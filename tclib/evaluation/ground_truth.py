@@ -84,8 +84,7 @@ def score(choose: Units, choose_truth: pd.DataFrame, test: Units, test_truth: pd
     f1, thresholds = best_f1(choose, choose_truth[names].to_numpy())
     chosen = f1.argmax(1)
     threshold = thresholds[np.arange(len(f1)), chosen]
-    test = np.asfortranarray(test)
-    fires = test >= threshold
+    fires = np.asfortranarray(test >= threshold)
     units = _score_units(test, there, chosen, fires)
     units.insert(1, "label", np.array([*names, None], dtype=object)[np.where(f1.max(1) > 0, chosen, -1)])
     units.insert(2, "threshold", threshold)

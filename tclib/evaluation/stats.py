@@ -21,8 +21,8 @@ from torch import Tensor
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
-def over_rows(table: pd.DataFrame, by: Sequence[str], level: float = 0.95) -> pd.DataFrame:
-    """Each number with its percentile interval over bootstrap replicates of the rows (Efron 1979).
+def over_rows(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Each number with its 95% percentile interval over bootstrap replicates of the rows (Efron 1979).
 
     Args:
         table: any table with a column ``replicate``; differences of two such tables are paired.
@@ -41,8 +41,7 @@ def over_rows(table: pd.DataFrame, by: Sequence[str], level: float = 0.95) -> pd
     keys = [*by, "metric"]
     value = long[long["replicate"] == 0].set_index(keys)["value"]
     resampled = long[long["replicate"] > 0].groupby(keys, sort=False)["value"]
-    tail = (1 - level) / 2
-    bounds = {"low": resampled.quantile(tail), "high": resampled.quantile(1 - tail)}
+    bounds = {"low": resampled.quantile(0.025), "high": resampled.quantile(0.975)}
     return value.to_frame().assign(**bounds).dropna().reset_index()
 
 
@@ -129,7 +128,7 @@ def bootstrap(
     return np.einsum("bn,bc,nc...->b...", *weights, cells)
 
 
-def interval(cells: pd.DataFrame, level: float = 0.95, seed: int = 0) -> pd.Series:
+def interval(cells: pd.DataFrame, seed: int = 0) -> pd.Series:
     """``mean``, ``low`` and ``high`` of a table of `cell_means`: the bootstrap's percentile interval."""
-    low, high = np.quantile(bootstrap(cells.to_numpy(), seed=seed), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(bootstrap(cells.to_numpy(), seed=seed), [0.025, 0.975])
     return pd.Series({"mean": float(cells.to_numpy().mean()), "low": low, "high": high})

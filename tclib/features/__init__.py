@@ -6,9 +6,9 @@ gives features names that a person can say, without an index.
 """
 
 from tclib.features.build import build_index, merge
+from tclib.features.cost import Plan, plan
 from tclib.features.feature_activations import FeatureActivations
 from tclib.features.index import Index, NeverFired, fingerprint
-from tclib.features.predict import Plan, plan
 from tclib.features.summary import Summary, load_summary, save_summary, summarise
 
 __all__ = [

@@ -15,6 +15,7 @@ from tclib.transcoder import Transcoder
 
 LARGEST = float(np.finfo(np.float16).max)
 SCREENED_FROM = 2**22  # encoder weights; below, the plain product costs next to nothing
+FIXED = ("relu", "batchtopk", "jumprelu")  # each feature fires above a threshold of its own, whatever others do
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ActiveFinder:
         self.transcoder, self.screen = transcoder, None
         W = transcoder.W_enc
         plain = W.device.type != "cpu" or W.dtype != torch.float32 or W.numel() < SCREENED_FROM
-        if transcoder.config.activation != "topk" and not plain and bfloat16_hardware():
+        if transcoder.config.activation in FIXED and not plain and bfloat16_hardware():
             self.rows = W.detach().T.contiguous()  # a feature's weights side by side
             self.screen = _FixedScreen(*self.rows.shape)
 

@@ -237,12 +237,6 @@ def directions(n: int, width: int, seed: int) -> Float[Tensor, "n width"]:
     return F.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def ridge(Z: Float[Tensor, "token n"], Y: Float[Tensor, "token m"], rho: float = 0.01) -> Float[Tensor, "n m"]:
-    """The linear map from Z to Y of least squared error, with a penalty relative to the columns' mean square."""
-    gram = Z.T @ Z
-    return torch.linalg.solve(gram + rho * gram.diagonal().mean() * torch.eye(len(gram)), Z.T @ Y)
-
-
 def band(values: Sequence[float]) -> str:
     """The range and the median of some controls."""
     return f"{min(values):.3f} to {max(values):.3f}, median {np.median(values):.3f}"

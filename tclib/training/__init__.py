@@ -1,6 +1,6 @@
 """Training of transcoders and SAEs: every architecture, several layers and configurations from one stream.
 
-The names below are all that others need; a new architecture goes into `architectures`, its settings into `config`.
+The names below are what others need first; a new architecture goes into `architectures`, its settings into `config`.
 The sparse step is in `tclib.training.fast`.
 """
 

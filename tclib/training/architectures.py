@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -49,7 +51,9 @@ def penalty(z: Pre, pre: Pre, transcoder: Transcoder, config: TrainConfig) -> Fl
         return config.l1_coefficient * z.sum(dtype=exact)
     if config.activation == "jumprelu":
         return config.l0_coefficient * _Count.apply(pre, transcoder.threshold, config.bandwidth).sum(dtype=exact)
-    return z.new_zeros((), dtype=exact)
+    if config.activation in ("topk", "batchtopk"):
+        return z.new_zeros((), dtype=exact)
+    assert_never(config.activation)
 
 
 def auxiliary(

@@ -1,7 +1,8 @@
 """Everything that draws for a browser: explorers, pages, circuitsvis views and the blind game.
 
-The explorers below are thin ipywidgets shells around pure functions of their modules. Pages without scripts
-are in `dashboard_page`, circuitsvis in `circuitsvis_views`, the blind game in `blind_game`.
+The explorers below are thin ipywidgets shells around pure functions of their modules, and `Selected` is the one feature
+that they share. Pages without scripts are in `dashboard_page`, circuitsvis in `circuitsvis_views`, the blind game in
+`blind_game`.
 """
 
 from tclib.ui.browser import Browser

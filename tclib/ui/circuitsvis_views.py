@@ -98,8 +98,10 @@ def attention_heads(
 
 
 def _view(element: str, properties: dict, static: str) -> View:
-    from circuitsvis.utils.convert_props import convert_props
-
+    try:
+        from circuitsvis.utils.convert_props import convert_props
+    except ImportError:  # not installed: the picture is there all the same
+        return View(static)
     # A token such as "</script>" must not end the script. In JSON, "<" stands only inside strings.
     written = convert_props(properties).replace("<", "\\u003c")
     name = hashlib.sha256(f"{element}{written}".encode()).hexdigest()[:12]

@@ -1,6 +1,6 @@
 """Sweeps: one notebook over a grid of parameters, on this machine or on a cluster, with results that survive.
 
-The names below are all that others need. Modules: `grid`, `run_sweep`, `execute`, `cluster`, `results`,
+The names below are what others need first. Modules: `grid`, `run_sweep`, `execute`, `cluster`, `results`,
 `sweep_report`.
 """
 

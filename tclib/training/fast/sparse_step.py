@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
@@ -105,12 +106,15 @@ class SparseTrainer(Trainer):
         t, c = self.transcoder, self.config
         if c.activation == "relu":
             return self._above(x, screened, torch.zeros_like(t.b_enc))
-        if t.threshold is not None and c.activation == "jumprelu":
+        if c.activation == "jumprelu":
+            assert t.threshold is not None
             return self._above(x, screened, t.threshold - c.bandwidth / 2)
         assert c.k is not None
         if c.activation == "topk":
             pairs, pre = self._above(x, screened, torch.zeros_like(t.b_enc), c.k)
             return _kept(pairs, pre, pairs.largest(pre, c.k))
+        if c.activation != "batchtopk":
+            assert_never(c.activation)
         some = t.pre_activations(x[:: max(1, len(x) // SAMPLE)]).flatten()
         wanted, rank = c.k * len(x) * distributed.world(), 1.5 * some.numel() * c.k / c.d_features
         while True:  # until as many are above the guess as are wanted
