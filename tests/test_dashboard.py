@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
@@ -205,6 +206,12 @@ def test_neuronpedia_only_where_there_is_a_page():
 
 
 # --- circuitsvis
+
+
+def test_without_circuitsvis_the_picture_is_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "circuitsvis.utils.convert_props", None)
+    view = circuitsvis_views.attention_heads(np.tril(np.ones((1, 2, 2))), ["a", "b"], ["0.0"])
+    assert "<img" in view.text and "<script" not in view.text
 
 
 def test_views_are_small_repeatable_and_static_first():

@@ -88,3 +88,21 @@ def test_an_sae_is_compared_but_not_traced(model):
     assert tc.evaluate(replacement, rows)["fvu"].notna().all()
     with pytest.raises(ValueError, match="a transcoder of this layer reads"):
         tc.trace(replacement, rows[0], check_fit=False)
+
+
+def test_one_that_changed_after_joining_is_refused_and_the_object_is_one_line(model):
+    transcoder = make_transcoder(0)
+    replacement = tc.ReplacementModel(model, {0: transcoder})
+    assert "layers [0]" in repr(replacement) and "\n" not in repr(replacement) and hash(replacement)
+    transcoder.to(torch.float64)
+    for ask in (tc.evaluate, tc.trace):
+        with pytest.raises(ValueError, match="is in torch.float64, but the model computes in"):
+            ask(replacement, torch.tensor([[40, 1, 2]])[0 if ask is tc.trace else slice(None)])
+
+
+def test_a_warning_of_joining_names_the_line_that_joined(model):
+    transcoder = make_transcoder(0)
+    transcoder.config = transcoder.config.model_copy(update={"hook_out": "blocks.0.mlp.hook_out"})
+    with pytest.warns(UserWarning, match="the same place") as said:
+        tc.ReplacementModel(model, {0: transcoder})
+    assert said[0].filename == __file__
