@@ -33,8 +33,8 @@ CHUNK = 1024  # query sources multiplied with all key sources together
 class ScoreTerms:
     """A contrast of one head's scores at one destination, in low rank: its terms are ``query.vectors @ key.vectors.T``.
 
-    ``weights`` are the contrast's w_j; ``moved`` is what attention to each key is worth to the number whose change is
-    asked for: ``sum_j pattern_j moved_j``. ``keys`` are the keys' positions, all that attention reaches.
+    ``moved`` is what attention to each key is worth to the number whose change is asked for: ``sum_j pattern_j
+    moved_j``.
     """
 
     name: str
@@ -42,9 +42,7 @@ class ScoreTerms:
     key: ScoreSources
     value: float
     scores: Float[Tensor, " key"]
-    weights: Float[Tensor, " key"]
     moved: Float[Tensor, " key"]
-    keys: Int[Tensor, " key"]
     cap: Cap
 
     @torch.no_grad()
@@ -183,7 +181,7 @@ def _terms(trace, layer, head, here, name: str, weights: Tensor, moved: Tensor, 
     scores = _scores(trace, layer, head, seen, here)
     value = (weights @ scores).item()
     _check(name, q, k, value, (weights * scores).abs().sum().item())
-    return ScoreTerms(name, query_side, key_side, value, scores, weights, moved, seen, Cap.of(trace))
+    return ScoreTerms(name, query_side, key_side, value, scores, moved, Cap.of(trace))
 
 
 def _scores(trace: Trace, layer: int, head: int, keys: Tensor, here: int) -> Float[Tensor, " key"]:

@@ -42,22 +42,19 @@ class Scored:
         return pd.concat([means, medians])
 
 
-def truth(text: LabelledText, least: int = 20, bos: bool = False) -> pd.DataFrame:
+def truth(text: LabelledText, least: int = 20) -> pd.DataFrame:
     """Which labels hold at each token, BOS left out: its own, and as ``"next ..."`` that of the token after it.
 
     A late MLP prepares the next token, so both are what a feature may stand for. Parts of dotted names are labels
     too: ``"any year"`` holds at ``"span.end.year"`` and ``"life.end.year"``. Labels with fewer than ``least`` tokens,
     and the ``"plain"`` of text that no label explains, are left out.
 
-    Args:
-        bos: keep BOS as rows of the table.
-
     Returns:
         A boolean table, one row per token in reading order, one column per label.
     """
     labels = text.labels
     follow = np.concatenate([labels[:, 1:], np.full((len(labels), 1), "bos", dtype=object)], axis=1)
-    keep = np.ones(labels.shape, bool) if bos else labels != "bos"
+    keep = labels != "bos"
     table = pd.concat([_indicators(labels[keep]), _indicators(follow[keep]).add_prefix("next ")], axis=1)
     return table.loc[:, table.sum() >= least]
 
