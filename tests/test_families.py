@@ -350,4 +350,5 @@ def deviations(models, tokens, family) -> dict[str, float]:
     config = tc.TrainConfig(d_features=64, activation="topk", k=8, steps=40, batch_rows=8, lr=3e-3)
     trained, history = tc.train(models(family), tokens, [0, 2], config)
     largest["FVU, trained"] = history.groupby("layer")["fvu"].last().max()
-    return largest | {"FVU, evaluated": tc.evaluate(models(family), trained, tokens[:16])["fvu"].max()}
+    replacement = tc.ReplacementModel(models(family), trained)
+    return largest | {"FVU, evaluated": tc.evaluate(replacement, tokens[:16])["fvu"].max()}
