@@ -34,7 +34,7 @@ class ScoreTerms:
     """A contrast of one head's scores at one destination, in low rank: its terms are ``query.vectors @ key.vectors.T``.
 
     ``moved`` is what attention to each key is worth to the number whose change is asked for: ``sum_j pattern_j
-    moved_j``.
+    moved_j``. ``keys`` are the keys' positions, all that attention reaches.
     """
 
     name: str
@@ -43,6 +43,7 @@ class ScoreTerms:
     value: float
     scores: Float[Tensor, " key"]
     moved: Float[Tensor, " key"]
+    keys: Int[Tensor, " key"]
     cap: Cap
 
     @torch.no_grad()
@@ -181,7 +182,7 @@ def _terms(trace, layer, head, here, name: str, weights: Tensor, moved: Tensor, 
     scores = _scores(trace, layer, head, seen, here)
     value = (weights @ scores).item()
     _check(name, q, k, value, (weights * scores).abs().sum().item())
-    return ScoreTerms(name, query_side, key_side, value, scores, moved, Cap.of(trace))
+    return ScoreTerms(name, query_side, key_side, value, scores, moved, seen, Cap.of(trace))
 
 
 def _scores(trace: Trace, layer: int, head: int, keys: Tensor, here: int) -> Float[Tensor, " key"]:
