@@ -887,7 +887,7 @@ def with_wrong_answers(notebook):
     return made
 
 
-SHORT = [path for path in TAUGHT if path.stem.startswith("06b")]
+SHORT = [path for path in TAUGHT if path.stem.startswith("04b")]
 LONG = [pytest.param(path, marks=pytest.mark.slow) for path in TAUGHT if path not in SHORT]
 
 
@@ -901,8 +901,7 @@ def test_every_check_accepts_the_solution_and_stops_at_nothing_returned(path, tm
     assert not errors(executed)
     for index in graded:
         (output,) = merge_streams(executed.cells[index].outputs)  # a print may arrive in pieces
-        assert output.name == "stdout" and output.text.endswith("\n")
-        assert all(line.startswith("correct: ") for line in output.text.splitlines())  # one for each way to ask
+        assert output.name == "stdout" and output.text.startswith("correct: ") and output.text.count("\n") == 1
     if path in SHORT:
         failed = errors(run(with_wrong_answers(notebook), tmp_path))
         assert {index: failed.get(index) for index in graded} == dict.fromkeys(graded, "NotYet")

@@ -98,7 +98,15 @@ def random(*shapes: tuple[int, ...]) -> list[Tensor]:
 def judge(
     tried: str, answer: Any, expected: Any, mistakes: Mapping[str, Any], otherwise: str, tolerance: float = 1e-4
 ) -> None:
-    """Compare an answer with the expected value and with what typical mistakes would give.
+    """`compare`, and say that the answer is right."""
+    compare(tried, answer, expected, mistakes, otherwise, tolerance)
+    accept(tried)
+
+
+def compare(
+    tried: str, answer: Any, expected: Any, mistakes: Mapping[str, Any], otherwise: str, tolerance: float = 1e-4
+) -> None:
+    """Compare an answer with the expected value and with what typical mistakes would give; a right one is no news yet.
 
     Args:
         tried: what the answer is about, in words.
@@ -118,7 +126,7 @@ def judge(
     except (TypeError, ValueError, RuntimeError):
         reject(tried, shown(expected), repr(answer)[:80], "the answer should be made of numbers")
     if _same(got, numbers(expected), tolerance):
-        return accept(tried)
+        return
     for cause, wrong in mistakes.items():
         if _same(got, numbers(wrong), tolerance):
             reject(tried, shown(expected), shown(got), cause)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tclib import interventions
-from tclib.nb.teaching.verdict import accept, call, judge, random, reject
+from tclib.nb.teaching.verdict import accept, call, compare, judge, random, reject
 
 
 def backward_difference(answer: Callable[[Tensor, int], float]) -> None:
@@ -134,14 +134,14 @@ def ablation_value(answer: Callable[[Tensor, Tensor, str], Tensor]) -> None:
 
     tried = "7 prompts in 2 groups, at zero"
     mistakes = {"nothing was replaced": live, "those are the means": means}
-    judge(tried, asked("zero", "zeros"), torch.zeros_like(live), mistakes, "zero is zero for every prompt and unit")
+    compare(tried, asked("zero", "zeros"), torch.zeros_like(live), mistakes, "zero is zero for every prompt and unit")
     tried = "the same prompts, at the mean"
     mistakes = {
         "one mean for all groups: what differs between nouns goes as well": live.mean(0).expand_as(live),
         "the mean over units: it is over prompts, unit by unit": live.mean(1, keepdim=True).expand_as(live),
         "nothing was replaced": live,
     }
-    judge(tried, asked("mean", "means"), means, mistakes, "for each group: the mean over its prompts")
+    compare(tried, asked("mean", "means"), means, mistakes, "for each group: the mean over its prompts")
     tried, wanted = "the same prompts, resampled", "for each prompt, what another prompt of its group has"
     for _ in range(8):  # a wrong draw may come out right by chance
         drawn = asked("resample", wanted)
@@ -154,7 +154,7 @@ def ablation_value(answer: Callable[[Tensor, Tensor, str], Tensor]) -> None:
             reject(tried, wanted, f"rows {place.tolist()}", "some are from another group: the noun would change too")
         if (place == torch.arange(7)).any():
             reject(tried, wanted, f"rows {place.tolist()}", "a prompt kept its own row: nothing was taken out there")
-    accept(tried)
+    accept(f"{tried}; at zero and at the mean too")
 
 
 def balanced_share(answer: Callable[[Sequence[float], Sequence[float], Sequence[float]], float]) -> None:
