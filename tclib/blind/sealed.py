@@ -132,7 +132,8 @@ class Seal:
             )
         prompts = [tokens[row, : at[row] + 1] for row in rows]
         self._traces = [trace(replacement, prompt) for prompt in prompts]
-        self._circuits: dict[tuple[int, float], pd.DataFrame] = {}  # half a second each, and players read again
+        # Half a second each, and players read again; functools.cache would tie the traces to themselves in a cycle.
+        self._circuits: dict[tuple[int, float], pd.DataFrame] = {}
         self.activations = [float(activations[row, at[row]]) for row in rows]
 
     def __repr__(self) -> str:
